@@ -1,0 +1,31 @@
+//! The machine: guest memory, buses, interrupts, clock and vCPU threads, and the traits that an engine implements.
+//!
+//! This crate names no device, no backing store, no guest OS and no plugin. It knows traits:
+//!
+//! | trait | implemented by | for |
+//! | --- | --- | --- |
+//! | [`Engine`], [`Vm`], [`Vcpu`], [`Kick`] | `core/kvm`, `core/soft` | running guest code |
+//! | [`InterruptController`] | the engine | taking lines and MSIs from devices |
+//! | [`Region`] | devices | answering register accesses |
+//! | [`Lifecycle`] | devices | reset, pause, save and restore with the machine |
+//!
+//! A program that assembles a machine makes [`Ram`], the two [`Bus`]es and the [`Clock`], gives them to an engine
+//! in a [`VmSetup`], claims ranges of the buses for its devices, and starts a [`Machine`].
+
+mod bus;
+mod clock;
+mod cpu;
+mod engine;
+mod interrupt;
+mod machine;
+mod memory;
+mod state;
+
+pub use bus::{Bus, BusError, Claim, Region, Space};
+pub use clock::{Clock, Timer};
+pub use cpu::{Activity, CpuState, DescriptorTable, Segment};
+pub use engine::{CpuModel, CrashReport, Engine, EngineError, Kick, Stop, Vcpu, Vm, VmSetup};
+pub use interrupt::{InterruptController, Interrupts, IrqLine, LineError, Msi, Trigger};
+pub use machine::{Lifecycle, Machine, MachineError, Request, Requests};
+pub use memory::{HIGH_BASE, LOW_END, MAX_MEMORY, MIN_MEMORY, MemoryError, Ram};
+pub use state::{StateError, Unit, Units};

@@ -1,0 +1,1 @@
+//! The platform: ACPI tables, power and reset registers.

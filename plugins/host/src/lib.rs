@@ -1,0 +1,1 @@
+//! The plugin host: load, permit, limit, watch and restart plugins.

@@ -1,0 +1,1 @@
+//! Personality: flat and ELF images.

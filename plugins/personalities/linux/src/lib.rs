@@ -1,0 +1,1 @@
+//! Personality: boots Linux kernels.

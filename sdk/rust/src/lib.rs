@@ -1,0 +1,1 @@
+//! Write Tenon plugins: devices, backing stores, guest-OS personalities.

@@ -1,0 +1,1 @@
+//! Drive a Tenon plugin without a VM.
