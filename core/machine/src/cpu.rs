@@ -39,6 +39,20 @@ pub enum Activity {
     WaitForSipi,
 }
 
+/// An event whose delivery through the interrupt descriptor table was begun and must be gone through before the next instruction.
+/// Its cause is spent: an interrupt has left the local APIC's request register, a fault's address is in CR2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Event {
+    /// An interrupt from the local APIC, with its vector.
+    Interrupt(u8),
+    /// An INT instruction, with its vector.
+    SoftwareInterrupt(u8),
+    /// A non-maskable interrupt.
+    Nmi,
+    /// An exception, with its vector and, where it has one, its error code.
+    Exception(u8, Option<u32>),
+}
+
 /// A vCPU's state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CpuState {
@@ -84,6 +98,19 @@ pub struct CpuState {
     pub interrupt_shadow: bool,
     /// Non-maskable interrupts are blocked until the next IRET.
     pub nmi_masked: bool,
+    /// A non-maskable interrupt waits.
+    #[serde(default)]
+    pub nmi_pending: bool,
+    /// What is to be delivered before the next instruction. Engines that stop between an instruction and the delivery of its events have this.
+    #[serde(default)]
+    pub event: Option<Event>,
+    /// The extended control register XCR0; 0 where the CPU model has no XSAVE.
+    #[serde(default)]
+    pub xcr0: u64,
+    /// The registers beyond `fxsave`: the bytes of the standard-format XSAVE image from 512 on, header first. Empty where the CPU model
+    /// has no XSAVE, and after a reset.
+    #[serde(default)]
+    pub extended: Vec<u8>,
 }
 
 /// Index of CS in [`CpuState::segments`].
@@ -124,6 +151,10 @@ impl CpuState {
             activity: Activity::Running,
             interrupt_shadow: false,
             nmi_masked: false,
+            nmi_pending: false,
+            event: None,
+            xcr0: 0,
+            extended: Vec::new(),
         }
     }
 }

@@ -23,7 +23,7 @@ mod state;
 
 pub use bus::{Bus, BusError, Claim, Region, Space};
 pub use clock::{Clock, Timer};
-pub use cpu::{Activity, CpuState, DescriptorTable, Segment};
+pub use cpu::{Activity, CpuState, DescriptorTable, Event, Segment};
 pub use engine::{CpuModel, CrashReport, Engine, EngineError, Kick, Stop, Vcpu, Vm, VmSetup};
 pub use interrupt::{InterruptController, Interrupts, IrqLine, LineError, Msi, Trigger};
 pub use machine::{Lifecycle, Machine, MachineError, Request, Requests};
