@@ -1,1 +1,17 @@
-//! The platform: ACPI tables, power and reset registers.
+//! The platform: what every machine has before any plugin adds to it.
+//!
+//! | part | module | what the guest sees |
+//! | --- | --- | --- |
+//! | memory map | [`map`] | RAM, and where the firmware's tables are kept from it |
+//! | ACPI tables | [`acpi`] | a hardware-reduced ACPI platform: CPUs, I/O APIC, the plugins' devices, power and reset |
+//! | power registers | [`power`] | sleep control, reset and the power button |
+//!
+//! This code is native and trusted. It knows no device plugin: an [`AcpiNode`] is made from what a plugin described.
+
+mod acpi;
+mod map;
+mod power;
+
+pub use acpi::{AcpiError, AcpiNode, Platform, Resource, write_tables};
+pub use map::{ACPI_BASE, ACPI_END, EBDA_BASE, MemoryKind, MemoryRange, memory_map};
+pub use power::{POWER_BUTTON_GSI, POWER_PORT, PowerRegisters};

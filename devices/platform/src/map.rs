@@ -1,0 +1,49 @@
+//! The map of guest-physical memory.
+
+use tenon_core::Ram;
+
+/// Where the range that PC firmware keeps for itself begins.
+pub const EBDA_BASE: u64 = 0x9_fc00;
+/// Where the ACPI tables begin; old guests look for the root pointer from here on.
+pub const ACPI_BASE: u64 = 0xe_0000;
+/// The end of the range for ACPI tables.
+pub const ACPI_END: u64 = 0x10_0000;
+
+/// What a range of memory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryKind {
+    /// Free for the guest.
+    Ram,
+    /// Kept from the guest.
+    Reserved,
+    /// Holds the ACPI tables.
+    Acpi,
+}
+
+/// A range of guest-physical memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryRange {
+    /// The first address.
+    pub start: u64,
+    /// The length in bytes.
+    pub size: u64,
+    /// What it is.
+    pub kind: MemoryKind,
+}
+
+/// The map of a machine with this RAM, in ascending order, without overlap.
+#[must_use]
+pub fn memory_map(ram: &Ram) -> Vec<MemoryRange> {
+    let mut map = vec![
+        MemoryRange { start: 0, size: EBDA_BASE, kind: MemoryKind::Ram },
+        MemoryRange { start: EBDA_BASE, size: ACPI_BASE - EBDA_BASE, kind: MemoryKind::Reserved },
+        MemoryRange { start: ACPI_BASE, size: ACPI_END - ACPI_BASE, kind: MemoryKind::Acpi },
+    ];
+    for (start, size, _) in ram.regions() {
+        let (from, end) = (start.max(ACPI_END), start + size);
+        if from < end {
+            map.push(MemoryRange { start: from, size: end - from, kind: MemoryKind::Ram });
+        }
+    }
+    map
+}
