@@ -26,11 +26,19 @@
 #![allow(unsafe_code)] // Inline assembly on register images, and operands viewed as the layouts the hardware gives them.
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_possible_wrap)] // Lanes and bit fields.
 
+mod forms;
+mod int;
 mod lower;
+#[cfg(target_arch = "x86_64")]
+mod simd;
 mod state;
+#[cfg(target_arch = "x86_64")]
+mod x87;
 
 pub use lower::lower;
 pub use state::FpState;
+
+const _: () = assert!(cfg!(target_endian = "little"), "registers are viewed as lanes in memory order");
 
 /// RFLAGS bits that [`Flags::Out`] defines: CF, PF, AF, ZF, SF, OF.
 pub const RFLAGS_MASK: u64 = 0x8d5;

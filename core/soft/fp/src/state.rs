@@ -140,6 +140,16 @@ impl FpState {
         (self.fsw >> 11 & 7) as usize
     }
 
+    /// What running on the host's unit changes and the guest must not see.
+    pub(crate) const fn untracked(&self) -> (u16, u64, u64) {
+        (self.fop, self.fip, self.fdp)
+    }
+
+    pub(crate) const fn set_untracked(&mut self, kept: (u16, u64, u64)) {
+        (self.fop, self.fip, self.fdp) = kept;
+        self.mxcsr_mask = MXCSR_MASK;
+    }
+
     pub(crate) const fn clear_exceptions(&mut self) {
         self.fsw &= 0x7f00;
     }
