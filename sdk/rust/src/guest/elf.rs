@@ -1,7 +1,7 @@
 //! ELF images for x86: the segments to load, the entry point, the notes (System V ABI, chapters 4 and 5).
 
 use super::{Layout, Source};
-use crate::personality::{ErrorCode, Memory};
+use crate::personality::{Error, Memory};
 
 /// More program headers than this are no guest's: the count is the image's word.
 const MAX_HEADERS: u16 = 256;
@@ -51,11 +51,11 @@ impl Elf {
     ///
     /// # Errors
     /// It is one for another machine, or damaged, or has nothing to load.
-    pub fn parse(image: &(impl Source + ?Sized)) -> Result<Option<Self>, ErrorCode> {
+    pub fn parse(image: &(impl Source + ?Sized)) -> Result<Option<Self>, Error> {
         if image.size() < 4 || image.read_exact(0, 4)? != *b"\x7fELF" {
             return Ok(None);
         }
-        let corrupt = |what: String| ErrorCode::Corrupt(format!("the ELF image {what}"));
+        let corrupt = |what: String| Error::Corrupt(format!("the ELF file {what}"));
         if image.size() < 52 {
             return Err(corrupt(format!("is truncated: it has {} bytes, its header alone takes 52", image.size())));
         }
@@ -65,7 +65,7 @@ impl Elf {
             (1, 1, EM_386) => Class::Elf32,
             (2, 1, EM_X86_64) => Class::Elf64,
             _ => {
-                return Err(ErrorCode::NotMine(format!(
+                return Err(Error::NotMine(format!(
                     "looked for an ELF image for x86 (machine 3, 32-bit) or x86-64 (machine 62, 64-bit), little-endian; \
                      found class {}, data encoding {}, machine {machine}",
                     head.0[4], head.0[5],
@@ -83,7 +83,7 @@ impl Elf {
                 "has {count} program headers of {entry_size} bytes; 1 to {MAX_HEADERS} of {expected} were looked for"
             )));
         }
-        let table = image.read_exact(table, usize::from(entry_size) * usize::from(count))?;
+        let table = image.read_exact(table, u64::from(entry_size) * u64::from(count))?;
 
         let mut elf = Self { class, entry, segments: Vec::new(), notes: Vec::new() };
         for (index, header) in table.chunks_exact(usize::from(entry_size)).enumerate() {
@@ -138,9 +138,9 @@ impl Elf {
         image: &(impl Source + ?Sized),
         owner: &str,
         kind: u32,
-    ) -> Result<Option<Vec<u8>>, ErrorCode> {
+    ) -> Result<Option<Vec<u8>>, Error> {
         for &(offset, size) in &self.notes {
-            let bytes = image.read_exact(offset, usize::try_from(size.min(MAX_NOTES)).unwrap_or(0))?;
+            let bytes = image.read_exact(offset, size.min(MAX_NOTES))?;
             if let Some(found) = find_note(&bytes, owner.as_bytes(), kind) {
                 return Ok(Some(found.to_vec()));
             }
@@ -156,8 +156,8 @@ impl Elf {
         &self,
         image: &(impl Source + ?Sized),
         layout: &mut Layout,
-        memory: &Memory,
-    ) -> Result<(), ErrorCode> {
+        memory: &Memory<'_>,
+    ) -> Result<(), Error> {
         let (start, end) = self.extent();
         // As one range: what lies between the segments is the guest's as well, and the message names the whole.
         layout.take(start, end - start, "the image")?;

@@ -1,6 +1,6 @@
 //! Which guest-physical addresses are RAM, and which of them are taken.
 
-use crate::personality::{ErrorCode, Machine, MemoryKind};
+use crate::personality::{Error, Machine, MemoryKind};
 
 /// Pages of guest memory are this large; the smallest unit in which room is found.
 const PAGE: u64 = 4096;
@@ -37,12 +37,12 @@ impl Layout {
     ///
     /// # Errors
     /// Not all of it is RAM, or some of it is taken. `what` names the thing that was to lie there.
-    pub fn take(&mut self, start: u64, size: u64, what: &str) -> Result<(), ErrorCode> {
+    pub fn take(&mut self, start: u64, size: u64, what: &str) -> Result<(), Error> {
         let Some(end) = start.checked_add(size) else {
-            return Err(ErrorCode::Corrupt(format!("{what} is to lie at {start:#x} and be {size:#x} bytes long")));
+            return Err(Error::Corrupt(format!("{what} is to lie at {start:#x} and be {size:#x} bytes long")));
         };
         let Some(index) = self.free.iter().position(|range| range.0 <= start && end <= range.1) else {
-            return Err(ErrorCode::NoRoom(format!(
+            return Err(Error::NoRoom(format!(
                 "{what} needs the RAM from {start:#x} to {end:#x}, which is not free; the machine has {} of RAM{}",
                 mebibytes(self.total),
                 advice(end, self.total),
@@ -58,7 +58,7 @@ impl Layout {
     ///
     /// # Errors
     /// There is none.
-    pub fn take_lowest(&mut self, size: u64, from: u64, below: u64, what: &str) -> Result<u64, ErrorCode> {
+    pub fn take_lowest(&mut self, size: u64, from: u64, below: u64, what: &str) -> Result<u64, Error> {
         let found = self.free.iter().find_map(|&(start, end)| {
             let start = start.max(from).checked_next_multiple_of(PAGE)?;
             (start.checked_add(size)? <= end.min(below)).then_some(start)
@@ -70,7 +70,7 @@ impl Layout {
     ///
     /// # Errors
     /// There is none.
-    pub fn take_highest(&mut self, size: u64, below: u64, what: &str) -> Result<u64, ErrorCode> {
+    pub fn take_highest(&mut self, size: u64, below: u64, what: &str) -> Result<u64, Error> {
         let found = self.free.iter().rev().find_map(|&(first, end)| {
             let start = end.min(below).checked_sub(size)? / PAGE * PAGE;
             (start >= first).then_some(start)
@@ -85,9 +85,9 @@ impl Layout {
         from: u64,
         below: u64,
         what: &str,
-    ) -> Result<u64, ErrorCode> {
+    ) -> Result<u64, Error> {
         let Some(start) = found else {
-            return Err(ErrorCode::NoRoom(format!(
+            return Err(Error::NoRoom(format!(
                 "{what} needs {} of RAM in one piece between {from:#x} and {below:#x}, which is not free; \
                  the machine has {} of RAM{}",
                 mebibytes(size),

@@ -7,13 +7,14 @@
 //! - [`Source`]: an image, or bytes that were unpacked from one, to read from and to place into guest memory;
 //! - [`Elf`]: the loadable segments, entry point and notes of an ELF image, checked;
 //! - [`Layout`]: which addresses are RAM, and which of them are taken;
-//! - [`entry`]: segment registers, page tables and descriptor tables for real, protected and long mode.
+//! - [`Tables`]: the descriptor and page tables of a guest that is entered in protected or long mode.
 
 mod elf;
-pub mod entry;
+mod entry;
 mod layout;
 mod source;
 
 pub use elf::{Class, Elf, Segment as ElfSegment};
+pub use entry::{TABLES_SIZE, Tables};
 pub use layout::{Layout, mebibytes};
 pub use source::Source;

@@ -1,6 +1,6 @@
 //! Bytes that can be read and placed into guest memory, wherever they are.
 
-use crate::personality::{ErrorCode, Image, Memory};
+use crate::personality::{Error, Image, Memory};
 
 /// How much is passed to the host in one call: large enough that calls cost nothing, small enough that copies do not count.
 const CHUNK: usize = 4 << 20;
@@ -14,13 +14,13 @@ pub trait Source {
     ///
     /// # Errors
     /// The source ends before, or cannot be read.
-    fn read_exact(&self, offset: u64, len: usize) -> Result<Vec<u8>, ErrorCode>;
+    fn read_exact(&self, offset: u64, len: u64) -> Result<Vec<u8>, Error>;
 
     /// Copies `len` bytes at `offset` to guest-physical `address`.
     ///
     /// # Errors
     /// The source ends before, or the range is not RAM.
-    fn place(&self, memory: &Memory, address: u64, offset: u64, len: u64) -> Result<(), ErrorCode>;
+    fn place(&self, memory: &Memory<'_>, address: u64, offset: u64, len: u64) -> Result<(), Error>;
 }
 
 impl Source for Image {
@@ -28,24 +28,11 @@ impl Source for Image {
         Image::size(self)
     }
 
-    fn read_exact(&self, offset: u64, len: usize) -> Result<Vec<u8>, ErrorCode> {
-        let end = Image::size(self);
-        if offset.checked_add(len as u64).is_none_or(|last| last > end) {
-            return Err(ended(offset, len as u64, end));
-        }
-        let mut bytes = Vec::with_capacity(len);
-        while bytes.len() < len {
-            let want = (len - bytes.len()).min(CHUNK);
-            let chunk = self.read(offset + bytes.len() as u64, u32::try_from(want).unwrap_or(u32::MAX))?;
-            if chunk.is_empty() {
-                return Err(ended(offset, len as u64, end));
-            }
-            bytes.extend_from_slice(&chunk);
-        }
-        Ok(bytes)
+    fn read_exact(&self, offset: u64, len: u64) -> Result<Vec<u8>, Error> {
+        Image::read_exact(self, offset, len)
     }
 
-    fn place(&self, memory: &Memory, address: u64, offset: u64, len: u64) -> Result<(), ErrorCode> {
+    fn place(&self, memory: &Memory<'_>, address: u64, offset: u64, len: u64) -> Result<(), Error> {
         memory.copy_image(address, self, offset, len)
     }
 }
@@ -55,11 +42,11 @@ impl Source for [u8] {
         self.len() as u64
     }
 
-    fn read_exact(&self, offset: u64, len: usize) -> Result<Vec<u8>, ErrorCode> {
-        part(self, offset, len as u64).map(<[u8]>::to_vec)
+    fn read_exact(&self, offset: u64, len: u64) -> Result<Vec<u8>, Error> {
+        part(self, offset, len).map(<[u8]>::to_vec)
     }
 
-    fn place(&self, memory: &Memory, address: u64, offset: u64, len: u64) -> Result<(), ErrorCode> {
+    fn place(&self, memory: &Memory<'_>, address: u64, offset: u64, len: u64) -> Result<(), Error> {
         let mut at = address;
         for chunk in part(self, offset, len)?.chunks(CHUNK) {
             memory.write(at, chunk)?;
@@ -69,13 +56,13 @@ impl Source for [u8] {
     }
 }
 
-fn part(bytes: &[u8], offset: u64, len: u64) -> Result<&[u8], ErrorCode> {
+fn part(bytes: &[u8], offset: u64, len: u64) -> Result<&[u8], Error> {
     let range = usize::try_from(offset).ok().zip(usize::try_from(len).ok());
     range
         .and_then(|(offset, len)| bytes.get(offset..offset.checked_add(len)?))
         .ok_or_else(|| ended(offset, len, bytes.len() as u64))
 }
 
-fn ended(offset: u64, len: u64, end: u64) -> ErrorCode {
-    ErrorCode::Corrupt(format!("the image is truncated: bytes {offset} to {} are needed, it has {end}", offset.saturating_add(len)))
+fn ended(offset: u64, len: u64, end: u64) -> Error {
+    Error::Corrupt(format!("{len} bytes were expected at {offset:#x}, and there are {end} in all"))
 }
