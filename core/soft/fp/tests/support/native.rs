@@ -1,0 +1,221 @@
+//! Runs one instruction on the host CPU in ring 3 and captures everything it did.
+//!
+//! Registers come from and go to one static context; every run ends in a signal: the INT3 behind the instruction, or the
+//! fault it raised. The kernel tells vector, error code and CR2 in the signal frame, and the FXSAVE image too.
+
+use std::arch::naked_asm;
+use std::sync::Once;
+
+/// Where code and data live, in the native process as in a guest: below 4 GiB, so that 32-bit addresses reach it.
+pub const CODE: u64 = 0x2000_0000;
+pub const CODE_SIZE: usize = 0x1000;
+/// Four writable pages, then one read-only page, then nothing.
+pub const DATA: u64 = 0x3000_0000;
+pub const WRITABLE: usize = 0x4000;
+pub const DATA_SIZE: usize = 0x5000;
+
+/// Registers before or after.
+#[repr(C, align(16))]
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Machine {
+    pub fp: [u8; 512],
+    /// In encoding order: RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8-R15.
+    pub gpr: [u64; 16],
+    pub rflags: u64,
+    pub rip: u64,
+}
+
+impl Machine {
+    pub const fn zero() -> Self {
+        Self { fp: [0; 512], gpr: [0; 16], rflags: 2, rip: 0 }
+    }
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct End {
+    pub machine: Machine,
+    pub vector: u8,
+    pub error: u64,
+    pub cr2: u64,
+}
+
+#[repr(C, align(16))]
+struct Context {
+    input: Machine,
+    host_rsp: u64,
+    active: u64,
+    output: Machine,
+    vector: u64,
+    error: u64,
+    cr2: u64,
+}
+
+const INPUT_GPR: usize = 512;
+const INPUT_RFLAGS: usize = 512 + 128;
+const INPUT_RIP: usize = INPUT_RFLAGS + 8;
+const HOST_RSP: usize = size_of::<Machine>();
+
+static mut CONTEXT: Context = Context {
+    input: Machine::zero(),
+    host_rsp: 0,
+    active: 0,
+    output: Machine::zero(),
+    vector: 0,
+    error: 0,
+    cr2: 0,
+};
+
+#[unsafe(naked)]
+unsafe extern "sysv64" fn enter() {
+    naked_asm!(
+        "push rbx", "push rbp", "push r12", "push r13", "push r14", "push r15",
+        "lea r15, [rip + {context}]",
+        "mov [r15 + {host_rsp}], rsp",
+        "fxrstor64 [r15]",
+        "push qword ptr [r15 + {rflags}]",
+        "popfq",
+        "mov rax, [r15 + {gpr} + 0]",
+        "mov rcx, [r15 + {gpr} + 8]",
+        "mov rdx, [r15 + {gpr} + 16]",
+        "mov rbx, [r15 + {gpr} + 24]",
+        "mov rsp, [r15 + {gpr} + 32]",
+        "mov rbp, [r15 + {gpr} + 40]",
+        "mov rsi, [r15 + {gpr} + 48]",
+        "mov rdi, [r15 + {gpr} + 56]",
+        "mov r8, [r15 + {gpr} + 64]",
+        "mov r9, [r15 + {gpr} + 72]",
+        "mov r10, [r15 + {gpr} + 80]",
+        "mov r11, [r15 + {gpr} + 88]",
+        "mov r12, [r15 + {gpr} + 96]",
+        "mov r13, [r15 + {gpr} + 104]",
+        "mov r14, [r15 + {gpr} + 112]",
+        "mov r15, [r15 + {gpr} + 120]",
+        "jmp qword ptr [rip + {context} + {rip}]",
+        context = sym CONTEXT,
+        host_rsp = const HOST_RSP,
+        rflags = const INPUT_RFLAGS,
+        gpr = const INPUT_GPR,
+        rip = const INPUT_RIP,
+    )
+}
+
+/// Where the signal handler resumes: the stack is as [`enter`] left it.
+#[unsafe(naked)]
+unsafe extern "sysv64" fn leave() {
+    naked_asm!(
+        "fninit", "cld",
+        "push 0x1f80", "ldmxcsr [rsp]", "pop rax",
+        "pop r15", "pop r14", "pop r13", "pop r12", "pop rbp", "pop rbx",
+        "ret"
+    )
+}
+
+extern "C" fn on_signal(signal: i32, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    let ours = &raw mut CONTEXT;
+    // SAFETY: the kernel's frame; `CONTEXT` is used by one thread at a time (the caller of `run` holds a lock).
+    unsafe {
+        let machine = &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext;
+        if (*ours).active == 0 {
+            libc::signal(signal, libc::SIG_DFL);
+            return;
+        }
+        (*ours).active = 0;
+        let registers = &mut machine.gregs;
+        let order = [
+            libc::REG_RAX, libc::REG_RCX, libc::REG_RDX, libc::REG_RBX, libc::REG_RSP, libc::REG_RBP, libc::REG_RSI, libc::REG_RDI,
+            libc::REG_R8, libc::REG_R9, libc::REG_R10, libc::REG_R11, libc::REG_R12, libc::REG_R13, libc::REG_R14, libc::REG_R15,
+        ];
+        let output = &mut (*ours).output;
+        for (to, from) in output.gpr.iter_mut().zip(order) {
+            *to = registers[from as usize] as u64;
+        }
+        output.rip = registers[libc::REG_RIP as usize] as u64;
+        output.rflags = registers[libc::REG_EFL as usize] as u64;
+        output.fp.copy_from_slice(std::slice::from_raw_parts(machine.fpregs.cast::<u8>(), 512));
+        (*ours).vector = registers[libc::REG_TRAPNO as usize] as u64;
+        (*ours).error = registers[libc::REG_ERR as usize] as u64;
+        (*ours).cr2 = registers[libc::REG_CR2 as usize] as u64;
+        registers[libc::REG_RIP as usize] = leave as *const () as i64;
+        registers[libc::REG_RSP as usize] = (*ours).host_rsp as i64;
+        registers[libc::REG_EFL as usize] = 2;
+    }
+}
+
+/// Code and data mapped, handlers installed. One per process.
+pub struct Native(());
+
+impl Native {
+    pub fn new() -> Self {
+        static ONCE: Once = Once::new();
+        // SAFETY: fixed mappings at addresses that a fresh process does not use; handlers on an alternate stack.
+        ONCE.call_once(|| unsafe {
+            for (address, size) in [(CODE, CODE_SIZE), (DATA, DATA_SIZE)] {
+                let protection = libc::PROT_READ | libc::PROT_WRITE | if address == CODE { libc::PROT_EXEC } else { 0 };
+                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+                let mapped = libc::mmap(address as *mut _, size, protection, flags, -1, 0);
+                assert_eq!(mapped as u64, address, "mmap at {address:#x}");
+            }
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = on_signal as *const () as usize;
+            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
+            for signal in [libc::SIGSEGV, libc::SIGFPE, libc::SIGILL, libc::SIGBUS, libc::SIGTRAP] {
+                assert_eq!(libc::sigaction(signal, &action, std::ptr::null_mut()), 0);
+            }
+        });
+        // SAFETY: the alternate stack is leaked: it must outlive the thread.
+        unsafe {
+            let size = 256 << 10;
+            let stack = libc::stack_t { ss_sp: Box::leak(vec![0_u8; size].into_boxed_slice()).as_mut_ptr().cast(), ss_flags: 0, ss_size: size };
+            assert_eq!(libc::sigaltstack(&stack, std::ptr::null_mut()), 0);
+        }
+        Self(())
+    }
+
+    /// Puts `code` at `CODE + offset`, INT3 everywhere else.
+    pub fn set_code(&mut self, offset: usize, code: &[u8]) {
+        // SAFETY: our own mapping; the range is checked.
+        unsafe {
+            assert!(offset + code.len() <= CODE_SIZE);
+            std::ptr::write_bytes(CODE as *mut u8, 0xcc, CODE_SIZE);
+            std::ptr::copy_nonoverlapping(code.as_ptr(), (CODE as *mut u8).add(offset), code.len());
+        }
+    }
+
+    /// Replaces the data pages.
+    pub fn set_data(&mut self, data: &[u8; DATA_SIZE]) {
+        // SAFETY: our own mapping, made writable for the moment.
+        unsafe {
+            let end = (DATA as usize + WRITABLE) as *mut libc::c_void;
+            if std::slice::from_raw_parts(end as *const u8, DATA_SIZE - WRITABLE) != &data[WRITABLE..] {
+                libc::mprotect(end, DATA_SIZE - WRITABLE, libc::PROT_READ | libc::PROT_WRITE);
+                std::ptr::copy_nonoverlapping(data.as_ptr().add(WRITABLE), end.cast(), DATA_SIZE - WRITABLE);
+            }
+            libc::mprotect(end, DATA_SIZE - WRITABLE, libc::PROT_READ);
+            std::ptr::copy_nonoverlapping(data.as_ptr(), DATA as *mut u8, WRITABLE);
+        }
+    }
+
+    /// The data pages.
+    pub fn data(&self) -> &[u8; DATA_SIZE] {
+        // SAFETY: our own mapping.
+        unsafe { &*(DATA as *const [u8; DATA_SIZE]) }
+    }
+
+    /// Runs from `machine.rip` to the first exception.
+    pub fn run(&mut self, machine: &Machine) -> End {
+        let ours = &raw mut CONTEXT;
+        // SAFETY: one thread at a time: `&mut self`, and tests make one `Native`.
+        unsafe {
+            (*ours).input = machine.clone();
+            (*ours).active = 1;
+            enter();
+            End {
+                machine: (*ours).output.clone(),
+                vector: (*ours).vector as u8,
+                error: (*ours).error,
+                cr2: (*ours).cr2,
+            }
+        }
+    }
+}
