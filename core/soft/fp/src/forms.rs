@@ -303,10 +303,10 @@ mod arithmetic {
         state: &mut FpState,
         operands: &mut Operands,
     ) -> Done {
+        state.enter_mmx();
         let source = xmm_source::<MEM>(state, operands);
         let mut value = 0;
         guarded::<A>(state, &mut value, if HALF { source & LOW } else { source })?;
-        state.enter_mmx();
         state.set_mm(operands.dst, value as u64);
         Ok(())
     }

@@ -28,7 +28,8 @@ pub(crate) fn guarded<A: Arith>(state: &mut FpState, a: &mut u128, b: u128) -> R
 }
 
 /// As [`guarded`] with some exception unmasked. Runs masked and judges by the flags; one thing differs from a masked run:
-/// an unmasked underflow is reported for exact tiny results too (and flushing is off), which a second run with flushing on tells.
+/// an unmasked underflow is reported for exact tiny results too (and flushing is off), which a second run with flushing on tells. Not exact: with an unmasked
+/// overflow or underflow, PE is that of the masked response, not that of a result with an unbounded exponent.
 #[cold]
 #[inline(never)]
 fn unmasked(

@@ -63,8 +63,10 @@ impl FpState {
         }
     }
 
-    /// FNINIT: control, status, tags and pointers; register contents stay.
-    pub const fn fninit(&mut self) {
+    /// FNINIT: control, status, tags and pointers; physical registers keep their contents.
+    pub fn fninit(&mut self) {
+        let top = self.top();
+        self.st.rotate_right(top);
         self.fcw = 0x37f;
         self.fsw = 0;
         self.ftw = 0;
@@ -134,6 +136,15 @@ impl FpState {
         if self.pending() {
             self.fsw |= FSW_ES_BUSY;
         }
+    }
+
+    /// FLDENV: as [`Self::set_control_status`], the physical registers staying where they are while TOP moves.
+    pub(crate) fn set_environment(&mut self, fcw: u16, fsw: u16) {
+        let top = self.top();
+        self.st.rotate_right(top);
+        self.set_control_status(fcw, fsw);
+        let top = self.top();
+        self.st.rotate_left(top);
     }
 
     pub(crate) const fn top(&self) -> usize {

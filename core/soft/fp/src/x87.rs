@@ -147,7 +147,7 @@ fn fldenv(state: &mut FpState, operands: &mut Operands) -> Done {
 fn load_environment(state: &mut FpState, operands: &Operands) {
     let wide = operands.imm == 28;
     let step = if wide { 4 } else { 2 };
-    state.set_control_status(word(operands, 0), word(operands, step));
+    state.set_environment(word(operands, 0), word(operands, step));
     state.set_full_tags(word(operands, 2 * step));
     let pointer = |n: usize| {
         let high = if wide { word(operands, n * step + 2) } else { 0 };

@@ -225,7 +225,13 @@ fn case(
     if host.vector != ours.vector {
         differences.push(format!("vector {} not {}", ours.vector, host.vector));
     } else {
-        if comparable(&host.machine.fp) != comparable(&ours.machine.fp) {
+        let (mut theirs, mut mine) = (comparable(&host.machine.fp), comparable(&ours.machine.fp));
+        if host.vector == 19 && theirs[24] & 0x18 != 0 {
+            // PE beside an unmasked overflow or underflow is documented as approximate.
+            theirs[24] &= !0x20;
+            mine[24] &= !0x20;
+        }
+        if theirs != mine {
             differences.push(describe(&host.machine.fp, &ours.machine.fp));
         }
         if host.machine.gpr != ours.machine.gpr {
@@ -237,9 +243,10 @@ fn case(
         if host.machine.rip != ours.machine.rip {
             differences.push(format!("rip {:x} not {:x}", ours.machine.rip, host.machine.rip));
         }
-        for (i, (&a, &b)) in native.data().iter().zip(after.iter()).enumerate() {
-            let address = if op.at_di { machine.gpr[7] } else { linear(&machine, &decoded) };
-            let offset = (i as u64).wrapping_sub(address - if size > 0 { DATA } else { address });
+        let address = if size == 0 { DATA } else if op.at_di { machine.gpr[7] } else { linear(&machine, &decoded) };
+        let same = native.data() == &*after;
+        for (i, (&a, &b)) in native.data().iter().zip(after.iter()).enumerate().filter(|_| !same) {
+            let offset = (i as u64).wrapping_sub(address - DATA);
             if a != b && !(saves && untracked(code, offset)) {
                 differences.push(format!("memory +{offset:#x} {b:x} not {a:x}"));
             }

@@ -190,8 +190,8 @@ impl Native {
             if std::slice::from_raw_parts(end as *const u8, DATA_SIZE - WRITABLE) != &data[WRITABLE..] {
                 libc::mprotect(end, DATA_SIZE - WRITABLE, libc::PROT_READ | libc::PROT_WRITE);
                 std::ptr::copy_nonoverlapping(data.as_ptr().add(WRITABLE), end.cast(), DATA_SIZE - WRITABLE);
+                libc::mprotect(end, DATA_SIZE - WRITABLE, libc::PROT_READ);
             }
-            libc::mprotect(end, DATA_SIZE - WRITABLE, libc::PROT_READ);
             std::ptr::copy_nonoverlapping(data.as_ptr(), DATA as *mut u8, WRITABLE);
         }
     }
