@@ -171,7 +171,7 @@ pub enum Request {
 }
 
 impl Request {
-    /// The request as two numbers, for [`DeviceHost::machine_control_request`].
+    /// The request as two numbers, for [`DeviceHost::machine_control_ask`].
     #[must_use]
     pub const fn to_numbers(self) -> (u32, u8) {
         match self {
@@ -219,7 +219,7 @@ table! {
         /// Copies at most `max` bytes that came from the outside to `buffer`, which has room for them; returns how many.
         channel_read: fn(context: *mut c_void, channel: u32, buffer: *mut u8, max: u32) -> u32;
         /// Asks for the end of the machine, in the numbers of [`Request::to_numbers`].
-        machine_control_request: fn(context: *mut c_void, kind: u32, status: u32);
+        machine_control_ask: fn(context: *mut c_void, kind: u32, status: u32);
         /// Not in the WIT: the plugin panicked with this text (UTF-8) in the call that is about to return [`Status::TRAPPED`].
         panicked: fn(context: *mut c_void, message: Bytes<'_>);
     }

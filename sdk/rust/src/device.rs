@@ -14,8 +14,17 @@
 
 use std::fmt;
 
+#[cfg(target_arch = "wasm32")]
+#[doc(hidden)]
+pub mod component;
 #[cfg(not(target_arch = "wasm32"))]
 pub mod hosted;
+#[cfg(not(target_arch = "wasm32"))]
+#[doc(hidden)]
+pub mod native;
+
+#[cfg(target_arch = "wasm32")]
+use component as sys;
 #[cfg(not(target_arch = "wasm32"))]
 use hosted as sys;
 
@@ -218,4 +227,30 @@ pub fn log(level: Level, message: fmt::Arguments<'_>) {
         Some(text) => sys::log(level, text),
         None => sys::log(level, &message.to_string()),
     }
+}
+
+/// Saves a device, as the host does.
+///
+/// # Errors
+/// The device refuses.
+pub fn save<D: Device>(device: &D) -> Result<SavedState> {
+    let mut state = Encoder::new();
+    device.save(&mut state)?;
+    Ok(SavedState { schema: D::SCHEMA, data: state.into_bytes() })
+}
+
+/// Restores a device that was just started, as the host does: newer schemas, and bytes that the device left, are refused.
+///
+/// # Errors
+/// The state is not one of this device, or is damaged.
+pub fn restore<D: Device>(device: &mut D, state: &SavedState) -> Result<()> {
+    if !(1..=D::SCHEMA).contains(&state.schema) {
+        let (found, own) = (state.schema, D::SCHEMA);
+        return Err(Error::Schema(format!(
+            "it has schema {found}, and this version of the device reads 1 to {own}"
+        )));
+    }
+    let mut decoder = Decoder::new(state.schema, &state.data);
+    device.restore(&mut decoder)?;
+    decoder.finish()
 }

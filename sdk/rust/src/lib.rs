@@ -46,13 +46,25 @@
 //! `tenon-testkit`. What each function is called for, when, and on which thread is written in the WIT files of the contract,
 //! and repeated at the traits.
 
+// The bindings and the export macros name this crate by its name, also from within.
+extern crate self as tenon_sdk;
+
 mod macros;
+#[cfg(not(target_arch = "wasm32"))]
+mod native;
 
 pub mod config;
 pub mod device;
+pub mod guest;
 pub mod personality;
 pub mod state;
 
 pub use config::Config;
 pub use device::Device;
 pub use personality::Personality;
+
+#[doc(hidden)]
+pub use tenon_abi as abi;
+#[cfg(target_arch = "wasm32")]
+#[doc(hidden)]
+pub use wit_bindgen;

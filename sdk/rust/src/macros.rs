@@ -82,14 +82,64 @@ macro_rules! personality_trace {
     };
 }
 
-/// Exports a [`crate::Device`] as the plugin of this crate: a component's exports, or the native table.
+/// Exports a [`crate::Device`] as the plugin of this crate. Built for `wasm32-unknown-unknown`, these are the exports of the component;
+/// otherwise it is the native table, as the symbol `tenon_plugin_v0`.
 #[macro_export]
 macro_rules! export_device {
-    ($device:ty) => {};
+    ($device:ty) => {
+        #[cfg(target_arch = "wasm32")]
+        #[allow(unsafe_code, reason = "exported symbols")]
+        const _: () = {
+            struct Plugin;
+            impl $crate::device::component::Exported for Plugin {
+                type Device = $device;
+                fn slot() -> &'static ::std::thread::LocalKey<
+                    ::std::cell::RefCell<$crate::device::component::Slot<$device>>,
+                > {
+                    ::std::thread_local! {
+                        static SLOT: ::std::cell::RefCell<$crate::device::component::Slot<$device>> =
+                            const { $crate::device::component::Slot::new() };
+                    }
+                    &SLOT
+                }
+            }
+            $crate::device::component::bindings::export!(
+                Plugin with_types_in $crate::device::component::bindings
+            );
+        };
+        #[cfg(not(target_arch = "wasm32"))]
+        #[allow(unsafe_code, reason = "an exported symbol")]
+        const _: () = {
+            static TABLE: $crate::abi::DeviceTable = $crate::device::native::table::<$device>();
+            #[unsafe(no_mangle)]
+            static tenon_plugin_v0: $crate::abi::Plugin = $crate::device::native::plugin(&TABLE);
+        };
+    };
 }
 
-/// Exports a [`crate::Personality`] as the plugin of this crate: a component's exports, or the native table.
+/// Exports a [`crate::Personality`] as the plugin of this crate. Built for `wasm32-unknown-unknown`, these are the exports of the component;
+/// otherwise it is the native table, as the symbol `tenon_plugin_v0`.
 #[macro_export]
 macro_rules! export_personality {
-    ($personality:ty) => {};
+    ($personality:ty) => {
+        #[cfg(target_arch = "wasm32")]
+        #[allow(unsafe_code, reason = "exported symbols")]
+        const _: () = {
+            struct Plugin;
+            impl $crate::personality::component::Exported for Plugin {
+                type Personality = $personality;
+            }
+            $crate::personality::component::bindings::export!(
+                Plugin with_types_in $crate::personality::component::bindings
+            );
+        };
+        #[cfg(not(target_arch = "wasm32"))]
+        #[allow(unsafe_code, reason = "an exported symbol")]
+        const _: () = {
+            static TABLE: $crate::abi::PersonalityTable =
+                $crate::personality::native::table::<$personality>();
+            #[unsafe(no_mangle)]
+            static tenon_plugin_v0: $crate::abi::Plugin = $crate::personality::native::plugin(&TABLE);
+        };
+    };
 }

@@ -8,8 +8,17 @@
 
 use std::fmt;
 
+#[cfg(target_arch = "wasm32")]
+#[doc(hidden)]
+pub mod component;
 #[cfg(not(target_arch = "wasm32"))]
 pub mod hosted;
+#[cfg(not(target_arch = "wasm32"))]
+#[doc(hidden)]
+pub mod native;
+
+#[cfg(target_arch = "wasm32")]
+use component as sys;
 #[cfg(not(target_arch = "wasm32"))]
 use hosted as sys;
 

@@ -57,7 +57,10 @@ impl Elf {
         }
         let corrupt = |what: String| Error::Corrupt(format!("the ELF file {what}"));
         if image.size() < 52 {
-            return Err(corrupt(format!("is truncated: it has {} bytes, its header alone takes 52", image.size())));
+            return Err(corrupt(format!(
+                "is truncated: it has {} bytes, its header alone takes 52",
+                image.size()
+            )));
         }
         let head = Fields(image.read_exact(0, 52)?);
         let machine = head.u16(18);
@@ -125,7 +128,8 @@ impl Elf {
     #[must_use]
     pub fn extent(&self) -> (u64, u64) {
         let start = self.segments.iter().map(|segment| segment.address).min().unwrap_or(0);
-        let end = self.segments.iter().map(|segment| segment.address + segment.memory_size).max().unwrap_or(0);
+        let end =
+            self.segments.iter().map(|segment| segment.address + segment.memory_size).max().unwrap_or(0);
         (start, end)
     }
 

@@ -39,7 +39,9 @@ impl Layout {
     /// Not all of it is RAM, or some of it is taken. `what` names the thing that was to lie there.
     pub fn take(&mut self, start: u64, size: u64, what: &str) -> Result<(), Error> {
         let Some(end) = start.checked_add(size) else {
-            return Err(Error::Corrupt(format!("{what} is to lie at {start:#x} and be {size:#x} bytes long")));
+            return Err(Error::Corrupt(format!(
+                "{what} is to lie at {start:#x} and be {size:#x} bytes long"
+            )));
         };
         let Some(index) = self.free.iter().position(|range| range.0 <= start && end <= range.1) else {
             return Err(Error::NoRoom(format!(
