@@ -32,6 +32,7 @@ const CACHE_LINE: u32 = 8;
 const HYPERVISOR: u32 = 1 << 31;
 const X2APIC: u32 = 1 << 21;
 const TSC_DEADLINE: u32 = 1 << 24;
+const XSAVE: u32 = 1 << 26;
 const HTT: u32 = 1 << 28;
 const CMP_LEGACY: u32 = 1 << 1;
 const TOPOEXT: u32 = 1 << 22;
@@ -49,7 +50,6 @@ const APIC_KHZ: u32 = 1_000_000;
 /// What is the same for all vCPUs of a VM.
 pub(crate) struct Template {
     entries: Vec<kvm_cpuid_entry2>,
-    xcr0: u64,
     amd: bool,
 }
 
@@ -82,20 +82,16 @@ impl Template {
         let amd = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat();
         let amd = amd == b"AuthenticAMD" || amd == b"HygonGenuine";
         match model {
-            CpuModel::Baseline => Self { entries: baseline(leaf, amd), xcr0: 0, amd },
+            CpuModel::Baseline => Self { entries: baseline(leaf, amd), amd },
             CpuModel::Max => {
                 let mut entries = supported.to_vec();
-                let mut xcr0 = 0;
                 for e in &mut entries {
                     match (e.function, e.index) {
                         (1, _) => {
                             e.ecx |= HYPERVISOR | X2APIC | if deadline { TSC_DEADLINE } else { 0 };
                         }
                         (7, 0) => e.edx &= !AMX,
-                        (0xd, 0) => {
-                            e.eax &= !XCR0_AMX;
-                            xcr0 = u64::from(e.eax) | u64::from(e.edx) << 32;
-                        }
+                        (0xd, 0) => e.eax &= !XCR0_AMX,
                         _ => {}
                     }
                 }
@@ -104,14 +100,9 @@ impl Template {
                     let amx = matches!((e.function, e.index), (0x1d | 0x1e, _) | (0xd, 17 | 18));
                     !replaced && !amx
                 });
-                Self { entries, xcr0, amd }
+                Self { entries, amd }
             }
         }
-    }
-
-    /// The extended states that the guest can switch on; 0 without XSAVE.
-    pub(crate) fn xcr0(&self) -> u64 {
-        self.xcr0
     }
 
     /// What vCPU `index` of `all` sees. Its APIC id is `index`; all are cores of one package.
@@ -156,6 +147,29 @@ impl Template {
         CpuId::from_entries(&entries)
             .map_err(|error| EngineError::Invalid(format!("{} CPUID leaves: {error:?}", entries.len())))
     }
+}
+
+/// The extended states that a vCPU with these leaves can switch on in XCR0; 0 without XSAVE.
+pub(crate) fn xcr0(entries: &[kvm_cpuid_entry2]) -> u64 {
+    if !entries.iter().any(|e| e.function == 1 && e.ecx & XSAVE != 0) {
+        return 0;
+    }
+    let states = entries.iter().find(|e| e.function == 0xd && e.index == 0);
+    states.map_or(0, |e| u64::from(e.eax & !XCR0_AMX) | u64::from(e.edx) << 32)
+}
+
+/// Whether the features that the kernel shows, `shown`, are those that it was asked to show.
+pub(crate) fn kept(asked: &[kvm_cpuid_entry2], shown: &[kvm_cpuid_entry2]) -> bool {
+    // What follows the guest's doings: MWAIT and OSXSAVE, and the local APIC's flag.
+    const OWN: [u32; 2] = [1 << 3 | 1 << 27, 1 << 9];
+    let features = |entries: &[kvm_cpuid_entry2]| {
+        let leaf = |function| {
+            entries.iter().find(|e| e.function == function && e.index == 0).copied().unwrap_or_default()
+        };
+        let (one, seven, extended) = (leaf(1), leaf(7), leaf(0x8000_0001));
+        [one.ecx & !OWN[0], one.edx & !OWN[1], seven.ebx, extended.ecx, extended.edx]
+    };
+    features(asked) == features(shown)
 }
 
 fn baseline(leaf: impl Fn(u32) -> kvm_cpuid_entry2, amd: bool) -> Vec<kvm_cpuid_entry2> {
@@ -277,10 +291,12 @@ mod tests {
     }
 
     #[test]
-    fn the_full_model_leaves_amx_out_and_knows_its_xcr0() {
-        let template = Template::of(&rich(b"GenuineIntel"), CpuModel::Max, true);
-        assert_eq!(template.xcr0(), 0xe7);
-        assert_eq!(leaf(&seen(&template, 0, 1), 7, 0).edx & AMX, 0);
-        assert_eq!(Template::of(&rich(b"GenuineIntel"), CpuModel::Baseline, true).xcr0(), 0);
+    fn the_full_model_leaves_amx_out_and_baseline_xsave() {
+        let host = rich(b"GenuineIntel");
+        let full = seen(&Template::of(&host, CpuModel::Max, true), 0, 1);
+        assert_eq!((xcr0(&full), leaf(&full, 7, 0).edx & AMX), (0xe7, 0));
+        let plain = seen(&Template::of(&host, CpuModel::Baseline, true), 0, 1);
+        assert_eq!(xcr0(&plain), 0);
+        assert!(kept(&plain, &plain) && !kept(&plain, &full));
     }
 }

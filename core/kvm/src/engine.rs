@@ -40,7 +40,7 @@ pub(crate) fn host<E: Into<io::Error>>(call: &'static str) -> impl FnOnce(E) -> 
 
 /// The KVM engine.
 pub struct Kvm {
-    fd: Arc<kvm_ioctls::Kvm>,
+    pub(crate) fd: Arc<kvm_ioctls::Kvm>,
 }
 
 impl Kvm {

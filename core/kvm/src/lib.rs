@@ -24,7 +24,7 @@ mod crash;
 mod engine;
 mod irq;
 mod kick;
-//mod measure;
+mod measure;
 mod msr;
 mod run_page;
 mod state;
@@ -32,4 +32,4 @@ mod vcpu;
 mod vm;
 
 pub use engine::Kvm;
-//pub use measure::{Quality, Verdict};
+pub use measure::{Quality, Verdict};

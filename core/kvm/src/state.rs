@@ -180,10 +180,14 @@ pub(crate) fn get(cx: &Context<'_>) -> Result<CpuState, EngineError> {
     let debug = fd.get_debug_regs().map_err(host("KVM_GET_DEBUGREGS"))?;
     state.debug[..4].copy_from_slice(&debug.db);
     (state.debug[4], state.debug[5]) = (debug.dr6, debug.dr7);
-    let image = bytes(&fd.get_xsave().map_err(host("KVM_GET_XSAVE"))?.region);
+    let xsave = fd.get_xsave().map_err(host("KVM_GET_XSAVE"))?.region;
+    let image = bytes(&xsave);
     state.fxsave = image[..FXSAVE].to_vec();
     if cx.xcr0 != 0 {
-        state.extended = image[FXSAVE..].to_vec();
+        let states = u64::from(xsave[FXSAVE / 4]) | u64::from(xsave[FXSAVE / 4 + 1]) << 32;
+        if states & !u64::from(LEGACY_STATES) != 0 {
+            state.extended = image[FXSAVE..].to_vec();
+        }
         let xcrs = fd.get_xcrs().map_err(host("KVM_GET_XCRS"))?;
         state.xcr0 = xcrs.xcrs.iter().find(|x| x.xcr == 0).map_or(1, |x| x.value);
     }

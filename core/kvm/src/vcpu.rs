@@ -18,6 +18,15 @@ use crate::run_page::RunPage;
 use crate::state::{self, Context, PowerOn};
 use crate::vm::Shared;
 
+/// What the vCPU's CPUID shows.
+#[derive(Clone, Copy)]
+pub(crate) struct Shown {
+    /// The states that XCR0 may have; 0 where there is no XSAVE.
+    pub(crate) xcr0: u64,
+    /// The features are those of the model.
+    pub(crate) kept: bool,
+}
+
 /// A vCPU.
 pub(crate) struct KvmVcpu {
     index: u32,
@@ -25,7 +34,7 @@ pub(crate) struct KvmVcpu {
     page: Arc<RunPage>,
     kicker: Arc<Kicker>,
     shared: Arc<Shared>,
-    xcr0: u64,
+    cpuid: Shown,
     power_on: PowerOn,
     /// The vCPU stood still after a kick, and its guest has not been told.
     stood: bool,
@@ -37,20 +46,25 @@ impl KvmVcpu {
         fd: Arc<VcpuFd>,
         run_size: usize,
         shared: Arc<Shared>,
-        xcr0: u64,
+        cpuid: Shown,
         lapic: kvm_lapic_state,
     ) -> Result<Self, EngineError> {
         let page = Arc::new(RunPage::new(&*fd, run_size).map_err(host("mapping a vCPU's run page"))?);
         let power_on = PowerOn { lapic, msrs: shared.msrs.read(&fd)? };
         let kicker = Arc::new(Kicker::new(page.clone()));
-        Ok(Self { index, fd, page, kicker, shared, xcr0, power_on, stood: false })
+        Ok(Self { index, fd, page, kicker, shared, cpuid, power_on, stood: false })
+    }
+
+    /// Whether the guest sees the features of the CPU model.
+    pub(crate) fn keeps_cpu_model(&self) -> bool {
+        self.cpuid.kept
     }
 
     fn context(&self) -> Context<'_> {
         Context {
             fd: &self.fd,
             index: self.index,
-            xcr0: self.xcr0,
+            xcr0: self.cpuid.xcr0,
             msrs: &self.shared.msrs,
             power_on: &self.power_on,
         }

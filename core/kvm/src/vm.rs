@@ -7,18 +7,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES,
-    kvm_clock_data, kvm_ioeventfd, kvm_irqchip, kvm_userspace_memory_region,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES,
+    KVM_MEM_LOG_DIRTY_PAGES, kvm_clock_data, kvm_ioeventfd, kvm_irqchip, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 use tenon_core::{EngineError, InterruptController, Interrupts, Vcpu, Vm, VmSetup};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::cpuid::Template;
+use crate::cpuid::{self, Template};
 use crate::engine::host;
 use crate::irq::{Controller, route};
 use crate::msr::MsrNumbers;
-use crate::vcpu::KvmVcpu;
+use crate::vcpu::{KvmVcpu, Shown};
 
 /// Three pages that VT-x without unrestricted guest mode needs somewhere where the guest has nothing; and below them its identity map.
 /// Both lie in the hole, where firmware would be.
@@ -157,11 +157,17 @@ impl KvmVm {
         // What the host cannot tell is shown as unknown.
         let tsc_khz = fd.get_tsc_khz().unwrap_or(0);
         self.shared.tsc_khz.store(tsc_khz.into(), Ordering::Relaxed);
-        let cpuid = self.cpuid.of_vcpu(index, all, tsc_khz)?;
-        fd.set_cpuid2(&cpuid).map_err(host("KVM_SET_CPUID2"))?;
+        let asked = self.cpuid.of_vcpu(index, all, tsc_khz)?;
+        fd.set_cpuid2(&asked).map_err(host("KVM_SET_CPUID2"))?;
+        // Some paravirtual hosts show what they like, so the vCPU's own leaves count.
+        let shown = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(host("KVM_GET_CPUID2"))?;
+        let kept = cpuid::kept(asked.as_slice(), shown.as_slice());
+        if !kept && index == 0 {
+            tracing::debug!("this host's KVM shows guests other CPU features than the model's");
+        }
+        let cpuid = Shown { xcr0: cpuid::xcr0(shown.as_slice()), kept };
         let lapic = fd.get_lapic().map_err(host("KVM_GET_LAPIC"))?;
-        let vcpu =
-            KvmVcpu::new(index, fd.clone(), self.run_size, self.shared.clone(), self.cpuid.xcr0(), lapic)?;
+        let vcpu = KvmVcpu::new(index, fd.clone(), self.run_size, self.shared.clone(), cpuid, lapic)?;
         vcpus.made.push((index, fd, lapic));
         Ok(vcpu)
     }
