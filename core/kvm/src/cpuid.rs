@@ -9,25 +9,31 @@ use tenon_core::{CpuModel, EngineError};
 
 use crate::engine::host;
 
-/// Leaf 1 EDX of the baseline: x86-64-v1 (FPU, VME, DE, PSE, TSC, MSR, PAE, MCE, CX8, APIC, SEP, MTRR, PGE, MCA, CMOV, PAT, PSE-36, CLFSH, MMX, FXSR,
-/// SSE, SSE2).
-const BASELINE_1_EDX: u32 = 0x078b_fbff;
-/// Leaf 1 ECX: nothing but that there is a hypervisor.
-const BASELINE_1_ECX: u32 = HYPERVISOR;
+// The baseline is what the software engine implements, so that a guest finds the same CPU on both.
+/// FPU DE PSE TSC MSR PAE CX8 APIC PGE CMOV PAT MMX FXSR: what leaves 1 and, on AMD, 0x80000001 have in EDX.
+const COMMON_EDX: u32 = 0x0181_a37d;
+/// Leaf 1 EDX: also SEP, CLFSH, SSE, SSE2.
+const BASELINE_1_EDX: u32 = COMMON_EDX | 1 << 11 | 1 << 19 | 1 << 25 | 1 << 26;
+/// Leaf 1 ECX.
+const BASELINE_1_ECX: u32 = X2APIC | TSC_DEADLINE | HYPERVISOR;
+/// Leaf 6 EAX: the local APIC's timer never stops.
+const ALWAYS_RUNNING_TIMER: u32 = 1 << 2;
 /// Leaf 0x80000001 EDX: SYSCALL, NX, LM.
 const BASELINE_EXT_EDX: u32 = 1 << 11 | 1 << 20 | 1 << 29;
-/// What leaf 0x80000001 EDX repeats of leaf 1 EDX on AMD.
-const REPEATED_EDX: u32 = 0x0183_f3ff;
-/// Leaf 0x40000001 EAX: kvmclock by its old and new MSRs, and that it is stable across vCPUs.
-const BASELINE_KVM: u32 = 1 | 1 << 3 | 1 << 24;
-/// Family, model and stepping of a CPU of about that ability, by vendor: what guests do about errata goes by these.
+/// Leaf 0x80000007 EDX: the TSC runs at one rate always.
+const INVARIANT_TSC: u32 = 1 << 8;
+/// Leaf 0x40000001 EAX: kvmclock by its old and new MSRs, no delays after port accesses, and kvmclock is stable across vCPUs.
+const BASELINE_KVM: u32 = 1 | 1 << 1 | 1 << 3 | 1 << 24;
+/// Family, model and stepping, by vendor: what guests do about errata goes by these. AMD's families before 0x17 have timer errata.
 const BASELINE_INTEL: u32 = 0x0001_067a;
-const BASELINE_AMD: u32 = 0x0006_0fb1;
-const BASELINE_BRAND: &[u8] = b"Tenon baseline x86-64";
-/// Physical address bits: enough for every machine, and there on every CPU that KVM runs on.
-const BASELINE_PHYSICAL: u32 = 40;
+const BASELINE_AMD: u32 = 0x0080_0f12;
+const BASELINE_BRAND: &[u8] = b"Tenon KVM CPU";
+/// Physical address bits, where the host has as many.
+const BASELINE_PHYSICAL: u32 = 46;
 /// The bytes of a cache line, in the unit of leaf 1: 8.
 const CACHE_LINE: u32 = 8;
+/// The last of the basic leaves.
+const LAST: u32 = 0x15;
 
 const HYPERVISOR: u32 = 1 << 31;
 const X2APIC: u32 = 1 << 21;
@@ -82,7 +88,7 @@ impl Template {
         let amd = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat();
         let amd = amd == b"AuthenticAMD" || amd == b"HygonGenuine";
         match model {
-            CpuModel::Baseline => Self { entries: baseline(leaf, amd), amd },
+            CpuModel::Baseline => Self { entries: baseline(leaf, amd, deadline), amd },
             CpuModel::Max => {
                 let mut entries = supported.to_vec();
                 for e in &mut entries {
@@ -113,7 +119,7 @@ impl Template {
         let topoext = entries.iter().any(|e| e.function == 0x8000_0001 && e.ecx & TOPOEXT != 0) && self.amd;
         for e in &mut entries {
             match e.function {
-                0 => e.eax = e.eax.max(0xb),
+                0 => e.eax = e.eax.max(LAST),
                 1 => {
                     e.ebx = index << 24 | all << 16 | (e.ebx & 0xffff);
                     e.edx = if many { e.edx | HTT } else { e.edx & !HTT };
@@ -138,11 +144,8 @@ impl Template {
         if tsc_khz != 0 {
             entries.push(entry(TIMING, [tsc_khz, APIC_KHZ, 0, 0]));
             entries.retain(|e| !matches!(e.function, 0x15 | 0x16));
-            if !self.amd {
-                // The TSC runs at ECX · EBX / EAX Hz; ECX is the local APIC timer's frequency.
-                entries.push(entry(0x15, [1_000_000, tsc_khz, APIC_KHZ * 1000, 0]));
-                entries.iter_mut().filter(|e| e.function == 0).for_each(|e| e.eax = e.eax.max(0x15));
-            }
+            // The TSC runs at ECX · EBX / EAX Hz; ECX is the local APIC timer's frequency.
+            entries.push(entry(0x15, [1_000_000, tsc_khz, APIC_KHZ * 1000, 0]));
         }
         CpuId::from_entries(&entries)
             .map_err(|error| EngineError::Invalid(format!("{} CPUID leaves: {error:?}", entries.len())))
@@ -172,7 +175,13 @@ pub(crate) fn kept(asked: &[kvm_cpuid_entry2], shown: &[kvm_cpuid_entry2]) -> bo
     features(asked) == features(shown)
 }
 
-fn baseline(leaf: impl Fn(u32) -> kvm_cpuid_entry2, amd: bool) -> Vec<kvm_cpuid_entry2> {
+/// A sub-leaf of leaf 4: a cache of 8 ways and 64-byte lines, of this kind and level. [`Template::of_vcpu`] says who shares it.
+fn cache(kind: u32, level: u32, sets: u32) -> [u32; 4] {
+    let self_initializing = 1 << 8;
+    [self_initializing | level << 5 | kind, 7 << 22 | 63, sets - 1, 0]
+}
+
+fn baseline(leaf: impl Fn(u32) -> kvm_cpuid_entry2, amd: bool, deadline: bool) -> Vec<kvm_cpuid_entry2> {
     let show = |what, wanted: u32, offered: u32| {
         let missing = wanted & !offered;
         if missing != 0 {
@@ -182,25 +191,34 @@ fn baseline(leaf: impl Fn(u32) -> kvm_cpuid_entry2, amd: bool) -> Vec<kvm_cpuid_
     };
     let (vendor, one, extended, sizes) = (leaf(0), leaf(1), leaf(0x8000_0001), leaf(0x8000_0008));
     let features = show("CPUID 1 EDX", BASELINE_1_EDX, one.edx);
+    // Older kernels leave these to the caller.
+    let offered = one.ecx | HYPERVISOR | if deadline { TSC_DEADLINE } else { 0 };
+    let more = show("CPUID 1 ECX", BASELINE_1_ECX, offered);
     let mut extended = show("CPUID 0x80000001 EDX", BASELINE_EXT_EDX, extended.edx);
     if amd {
-        extended |= features & REPEATED_EDX;
+        extended |= features & COMMON_EDX;
     }
     let physical = match sizes.eax & 0xff {
         0 => 36, // The value where the leaf does not exist.
         bits => bits.min(BASELINE_PHYSICAL),
     };
     let mut entries = vec![
-        entry(0, [0xb, vendor.ebx, vendor.ecx, vendor.edx]),
-        entry(
-            1,
-            [if amd { BASELINE_AMD } else { BASELINE_INTEL }, CACHE_LINE << 8, BASELINE_1_ECX, features],
-        ),
+        entry(0, [LAST, vendor.ebx, vendor.ecx, vendor.edx]),
+        entry(1, [if amd { BASELINE_AMD } else { BASELINE_INTEL }, CACHE_LINE << 8, more, features]),
+        subleaf(4, 0, cache(1, 1, 64)),
+        subleaf(4, 1, cache(2, 1, 64)),
+        subleaf(4, 2, cache(3, 2, 1024)),
+        subleaf(4, 3, [0; 4]),
+        entry(6, [ALWAYS_RUNNING_TIMER, 0, 0, 0]),
         subleaf(7, 0, [0; 4]),
         entry(KVM_BASE, [TIMING, word(b"KVMK"), word(b"VMKV"), word(b"M\0\0\0")]),
         entry(KVM_FEATURES, [BASELINE_KVM & leaf(KVM_FEATURES).eax, 0, 0, 0]),
         entry(0x8000_0000, [0x8000_0008, vendor.ebx, vendor.ecx, vendor.edx]),
-        entry(0x8000_0001, [0, 0, 0, extended]),
+        entry(0x8000_0001, [if amd { BASELINE_AMD } else { 0 }, 0, 0, extended]),
+        // L1: 32 KiB each, 8 ways; 64 TLB entries. L2: 512 KiB, 8 ways. Lines of 64 bytes.
+        entry(0x8000_0005, [0xff40_ff40, 0xff40_ff40, 0x2008_0140, 0x2008_0140]),
+        entry(0x8000_0006, [0, 0x4200_4200, 0x0200_6140, 0]),
+        entry(0x8000_0007, [0, 0, 0, INVARIANT_TSC & leaf(0x8000_0007).edx]),
         entry(0x8000_0008, [48 << 8 | physical, 0, 0, 0]),
     ];
     let mut brand = [0; 48];
@@ -249,7 +267,7 @@ mod tests {
         let mut plain_host = rich_host.clone();
         for e in &mut plain_host {
             match e.function {
-                1 => (e.ecx, e.edx) = (HYPERVISOR, BASELINE_1_EDX),
+                1 => (e.ecx, e.edx) = (X2APIC, BASELINE_1_EDX),
                 0x8000_0001 => (e.ecx, e.edx) = (0, BASELINE_EXT_EDX),
                 KVM_FEATURES => e.eax = BASELINE_KVM,
                 _ => {}
@@ -258,7 +276,7 @@ mod tests {
         plain_host.retain(|e| !matches!(e.function, 7 | 0xd));
         let [a, b] = [rich_host, plain_host].map(|h| seen(&Template::of(&h, CpuModel::Baseline, true), 0, 2));
         assert_eq!(a, b);
-        assert_eq!(leaf(&a, 1, 0).ecx, HYPERVISOR);
+        assert_eq!(leaf(&a, 1, 0).ecx, BASELINE_1_ECX);
         assert_eq!(leaf(&a, 7, 0).ebx, 0);
     }
 

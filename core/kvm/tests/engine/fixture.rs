@@ -161,7 +161,7 @@ impl Guest {
             self.put(GDT + n * 8, &u64::to_le_bytes(entry));
         }
         let present = 7;
-        self.put(PAGE_TABLES, &(PAGE_TABLES + 0x1000 | present).to_le_bytes());
+        self.put(PAGE_TABLES, &((PAGE_TABLES + 0x1000) | present).to_le_bytes());
         for gib in 0..4 {
             let directory = PAGE_TABLES + 0x2000 + gib * 0x1000;
             self.put(PAGE_TABLES + 0x1000 + gib * 8, &(directory | present).to_le_bytes());
