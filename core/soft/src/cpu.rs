@@ -185,11 +185,6 @@ pub(crate) mod mode {
     pub(crate) const STACK32: u32 = 4;
 }
 
-/// The FXSAVE64 image: x87, MMX and SSE registers live here.
-#[repr(C, align(16))]
-#[derive(Clone)]
-pub(crate) struct FxSave(pub(crate) [u8; 512]);
-
 /// One virtual CPU.
 #[repr(C)]
 pub(crate) struct Cpu {
@@ -205,10 +200,16 @@ pub(crate) struct Cpu {
     pub(crate) rflags: u64,
     /// Instructions run; exact between blocks and at faults.
     pub(crate) icount: u64,
+    /// The count beyond which no block runs.
+    pub(crate) limit: u64,
+    /// Why a block's last handler gave no next block: a constant of [`crate::exec`].
+    pub(crate) exit: u8,
     /// What the failed memory access or instruction raised, for the dispatch loop.
     pub(crate) fault: Fault,
     /// The address of the instruction that a system handler executes (RIP is already past it).
     pub(crate) start_rip: u64,
+    /// The address of the start of the block whose instruction a slow handler executes: what its relative operands are relative to.
+    pub(crate) decode_base: u64,
     /// ES, CS, SS, DS, FS, GS. In 64-bit mode the bases of ES, CS, SS and DS are kept as loaded but not used.
     pub(crate) seg: [Segment; 6],
     pub(crate) tr: Segment,
@@ -235,7 +236,9 @@ pub(crate) struct Cpu {
     /// Set by [`Cpu::update_mode`] and whoever enables interrupts or lowers the task priority: the dispatch loop looks again for a deliverable interrupt.
     pub(crate) recheck: bool,
     /// The x87 and SSE registers.
-    pub(crate) fx: FxSave,
+    pub(crate) fx: tenon_soft_fp::FpState,
+    /// Scratch for the instructions on them.
+    pub(crate) operands: tenon_soft_fp::Operands,
     /// Model-specific registers that have no field here.
     pub(crate) msrs: Msrs,
     /// This CPU's number and APIC id.
@@ -250,4 +253,6 @@ pub(crate) struct Cpu {
     pub(crate) blocks: BlockCache,
     /// Supervisor's and user's.
     pub(crate) tlbs: [Box<Tlb>; 2],
+    /// The instruction count that a virtual clock has seen.
+    pub(crate) synced: u64,
 }

@@ -1,0 +1,673 @@
+//! Guest memory by linear address: the software TLB, its slow path, and what a store to a page with decoded code entails.
+//!
+//! A TLB entry holds one tag for each kind of access and the distance from linear to host address. A tag is the page's linear
+//! address, or [`NONE`] where this kind of access must come here: because the page is not mapped so, holds decoded code, is not yet
+//! in the dirty log, or is not RAM. The tag is compared with the page of the access's *last* byte at the index of its first one's
+//! page, so that an access that crosses into the next page misses as well.
+//!
+//! Guest loads and stores become host loads and stores of the same width; ordering is the host's on x86-64, acquire and release elsewhere.
+#![allow(unsafe_code, reason = "guest RAM is reached through host pointers that the TLB vouches for")]
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::cast_possible_wrap,
+    reason = "words are cut to the access's size"
+)]
+
+use std::sync::atomic::Ordering;
+
+use crate::cpu::{Cpu, Fault, SS, efer, mode};
+use crate::paging;
+use crate::vm::Notice;
+
+/// Entries per privilege.
+const ENTRIES: usize = 1024;
+/// A tag that no page has.
+const NONE: u64 = u64::MAX;
+const PAGE: u64 = !0xfff;
+/// Set in a shadow entry whose translation is global.
+const GLOBAL: u64 = 1;
+
+/// One translation.
+#[repr(C, align(32))]
+#[derive(Clone, Copy)]
+struct Entry {
+    read: u64,
+    write: u64,
+    exec: u64,
+    /// Host address minus linear address.
+    addend: u64,
+}
+
+const EMPTY: Entry = Entry { read: NONE, write: NONE, exec: NONE, addend: 0 };
+
+/// The translations of one privilege: user or supervisor.
+#[repr(C)]
+pub(crate) struct Tlb {
+    entries: [Entry; ENTRIES],
+    /// The guest-physical page of each entry, and [`GLOBAL`].
+    shadow: [u64; ENTRIES],
+}
+
+impl Tlb {
+    /// An empty one.
+    pub(crate) fn new() -> Box<Self> {
+        Box::new(Self { entries: [EMPTY; ENTRIES], shadow: [0; ENTRIES] })
+    }
+
+    fn flush(&mut self) {
+        self.entries = [EMPTY; ENTRIES];
+    }
+}
+
+/// The kind of an access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    Read,
+    Write,
+    Execute,
+}
+
+/// What a page walk found.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mapping {
+    /// The guest-physical address of the 4 KiB page.
+    pub(crate) phys: u64,
+    /// Later writes at this privilege need no walk: the page is writable, and marked dirty.
+    pub(crate) write: bool,
+    /// Execution is allowed.
+    pub(crate) exec: bool,
+    /// The translation outlives a change of CR3.
+    pub(crate) global: bool,
+}
+
+/// A memory access that faulted; [`Cpu::fault`] says how.
+#[derive(Debug)]
+pub(crate) struct Trap;
+
+/// An unsigned integer that the guest moves.
+pub(crate) trait Word: Copy + 'static {
+    /// Bytes.
+    const SIZE: u64;
+    /// log2 of [`Word::SIZE`].
+    const LOG2: u32;
+    fn to_u64(self) -> u64;
+    fn from_u64(value: u64) -> Self;
+    /// Sign-extended to 64 bits.
+    fn sx(self) -> u64;
+    /// # Safety
+    /// `p` is valid for the access.
+    unsafe fn load(p: *const u8) -> Self;
+    /// # Safety
+    /// As for `load`.
+    unsafe fn store(p: *mut u8, value: Self);
+    /// Compares and exchanges atomically; gives what was there.
+    /// # Safety
+    /// As for `load`, and `p` is aligned.
+    unsafe fn cas(p: *mut u8, old: Self, new: Self) -> Result<Self, Self>;
+}
+
+#[repr(C, packed)]
+#[derive(Clone, Copy)]
+struct Packed<T>(T);
+
+macro_rules! word {
+    ($t:ty, $signed:ty, $atomic:ty, $log2:literal) => {
+        impl Word for $t {
+            const SIZE: u64 = 1 << $log2;
+            const LOG2: u32 = $log2;
+            #[inline(always)]
+            fn to_u64(self) -> u64 {
+                u64::from(self)
+            }
+            #[inline(always)]
+            fn from_u64(value: u64) -> Self {
+                value as Self
+            }
+            #[inline(always)]
+            fn sx(self) -> u64 {
+                self as $signed as i64 as u64
+            }
+            #[inline(always)]
+            unsafe fn load(p: *const u8) -> Self {
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: the caller's. A volatile load is one `mov`, which loads acquire on this host and may be misaligned.
+                unsafe {
+                    p.cast::<Packed<Self>>().read_volatile().0
+                }
+                #[cfg(not(target_arch = "x86_64"))]
+                // SAFETY: the caller's; alignment is checked before the atomic access.
+                unsafe {
+                    if p.addr() & (Self::SIZE as usize - 1) == 0 {
+                        <$atomic>::from_ptr(p.cast_mut().cast()).load(Ordering::Acquire)
+                    } else {
+                        p.cast::<Self>().read_unaligned()
+                    }
+                }
+            }
+            #[inline(always)]
+            unsafe fn store(p: *mut u8, value: Self) {
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: as in `load`.
+                unsafe {
+                    p.cast::<Packed<Self>>().write_volatile(Packed(value));
+                }
+                #[cfg(not(target_arch = "x86_64"))]
+                // SAFETY: as in `load`.
+                unsafe {
+                    if p.addr() & (Self::SIZE as usize - 1) == 0 {
+                        <$atomic>::from_ptr(p.cast()).store(value, Ordering::Release)
+                    } else {
+                        p.cast::<Self>().write_unaligned(value)
+                    }
+                }
+            }
+            #[inline(always)]
+            unsafe fn cas(p: *mut u8, old: Self, new: Self) -> Result<Self, Self> {
+                // SAFETY: the caller's.
+                unsafe { <$atomic>::from_ptr(p.cast()) }.compare_exchange(
+                    old,
+                    new,
+                    Ordering::SeqCst,
+                    Ordering::SeqCst,
+                )
+            }
+        }
+    };
+}
+
+word!(u8, i8, std::sync::atomic::AtomicU8, 0);
+word!(u16, i16, std::sync::atomic::AtomicU16, 1);
+word!(u32, i32, std::sync::atomic::AtomicU32, 2);
+word!(u64, i64, std::sync::atomic::AtomicU64, 3);
+
+/// Where the bytes of an access are.
+#[derive(Clone, Copy)]
+enum Place {
+    /// RAM, contiguous.
+    Ram(*mut u8),
+    /// Not RAM: the guest-physical address.
+    Io(u64),
+}
+
+impl Cpu {
+    #[inline(always)]
+    fn entry(tlb: *mut Tlb, address: u64) -> *mut Entry {
+        // SAFETY: the index is below ENTRIES; `tlb` is one of the CPU's two.
+        unsafe { (&raw mut (*tlb).entries).cast::<Entry>().add((address >> 12) as usize & (ENTRIES - 1)) }
+    }
+
+    /// Reads at the current privilege. The handlers' way: on a fault [`Cpu::fault`] is set.
+    #[inline(always)]
+    pub(crate) fn load<T: Word>(&mut self, address: u64) -> Result<T, Trap> {
+        // SAFETY: the entry is inside the TLB, and a matching tag vouches for the page's host memory.
+        unsafe {
+            let entry = Self::entry(self.tlb, address);
+            if (*entry).read == address.wrapping_add(T::SIZE - 1) & PAGE {
+                return Ok(T::load(std::ptr::with_exposed_provenance(
+                    address.wrapping_add((*entry).addend) as usize
+                )));
+            }
+        }
+        self.load_slow(address, T::SIZE).map(T::from_u64)
+    }
+
+    /// Writes at the current privilege, like [`Cpu::load`].
+    #[inline(always)]
+    pub(crate) fn store<T: Word>(&mut self, address: u64, value: T) -> Result<(), Trap> {
+        // SAFETY: as in `load`.
+        unsafe {
+            let entry = Self::entry(self.tlb, address);
+            if (*entry).write == address.wrapping_add(T::SIZE - 1) & PAGE {
+                T::store(
+                    std::ptr::with_exposed_provenance_mut(address.wrapping_add((*entry).addend) as usize),
+                    value,
+                );
+                return Ok(());
+            }
+        }
+        self.store_slow(address, T::SIZE, value.to_u64())
+    }
+
+    /// Begins a read-modify-write: the host address if the whole operand is in RAM and writable (null otherwise, and then
+    /// [`Cpu::load`] and [`Cpu::store`] will not fault).
+    #[inline(always)]
+    pub(crate) fn for_update<T: Word>(&mut self, address: u64) -> Result<*mut u8, Trap> {
+        // SAFETY: as in `load`.
+        unsafe {
+            let entry = Self::entry(self.tlb, address);
+            if (*entry).write == address.wrapping_add(T::SIZE - 1) & PAGE {
+                return Ok(std::ptr::with_exposed_provenance_mut(
+                    address.wrapping_add((*entry).addend) as usize
+                ));
+            }
+        }
+        self.for_update_slow(address, T::SIZE)
+    }
+
+    /// Replaces a word by what `f` makes of it: not atomic, but no fault comes after `f`.
+    #[inline(always)]
+    pub(crate) fn update<T: Word>(
+        &mut self,
+        address: u64,
+        f: impl FnOnce(&mut Self, T) -> T,
+    ) -> Result<(), Trap> {
+        let p = self.for_update::<T>(address)?;
+        if p.is_null() {
+            let old = self.load::<T>(address)?;
+            let new = f(self, old);
+            return self.store::<T>(address, new);
+        }
+        // SAFETY: `for_update` vouches for `p`.
+        unsafe {
+            let old = T::load(p);
+            let new = f(self, old);
+            T::store(p, new);
+        }
+        Ok(())
+    }
+
+    /// The atomic form of [`Cpu::update`]. `f` gives the new word and whatever the caller wants to keep; it may run more than once.
+    #[inline(always)]
+    pub(crate) fn update_locked<T: Word, R>(
+        &mut self,
+        address: u64,
+        f: impl Fn(T) -> (T, R),
+    ) -> Result<R, Trap> {
+        let p = self.for_update::<T>(address)?;
+        if !p.is_null() && address & (T::SIZE - 1) == 0 {
+            // SAFETY: `for_update` vouches for `p`; pages are aligned in host memory as in the guest's.
+            unsafe {
+                let mut old = T::load(p);
+                loop {
+                    let (new, keep) = f(old);
+                    match T::cas(p, old, new) {
+                        Ok(_) => return Ok(keep),
+                        Err(now) => old = now,
+                    }
+                }
+            }
+        }
+        let vm = self.vm.clone();
+        let _only = vm.split_lock.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let old = self.load::<T>(address)?;
+        let (new, keep) = f(old);
+        self.store::<T>(address, new)?;
+        Ok(keep)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn load_slow(&mut self, address: u64, size: u64) -> Result<u64, Trap> {
+        let user = self.cpl == 3;
+        self.read_slow(address, size, user).map_err(|fault| self.trap(fault))
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn store_slow(&mut self, address: u64, size: u64, value: u64) -> Result<(), Trap> {
+        let user = self.cpl == 3;
+        self.write_slow(address, size, value, user).map_err(|fault| self.trap(fault))
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn for_update_slow(&mut self, address: u64, size: u64) -> Result<*mut u8, Trap> {
+        let user = self.cpl == 3;
+        if Self::crosses(address, size) {
+            return self
+                .probe_write_as(address, size, user)
+                .map(|()| std::ptr::null_mut())
+                .map_err(|fault| self.trap(fault));
+        }
+        match self.place(address, size, Access::Write, user) {
+            Ok(Place::Ram(p)) => Ok(p),
+            Ok(Place::Io(_)) => Ok(std::ptr::null_mut()),
+            Err(fault) => Err(self.trap(fault)),
+        }
+    }
+
+    fn trap(&mut self, fault: Fault) -> Trap {
+        self.fault = fault;
+        Trap
+    }
+
+    /// Reads a word at the current privilege.
+    pub(crate) fn read<T: Word>(&mut self, address: u64) -> Result<T, Fault> {
+        self.load(address).map_err(|Trap| self.fault)
+    }
+
+    /// Writes a word at the current privilege.
+    pub(crate) fn write<T: Word>(&mut self, address: u64, value: T) -> Result<(), Fault> {
+        self.store(address, value).map_err(|Trap| self.fault)
+    }
+
+    /// Reads a word as user code or as the supervisor would.
+    pub(crate) fn read_as<T: Word>(&mut self, address: u64, user: bool) -> Result<T, Fault> {
+        self.read_slow(address, T::SIZE, user).map(T::from_u64)
+    }
+
+    /// Writes a word as user code or as the supervisor would.
+    pub(crate) fn write_as<T: Word>(&mut self, address: u64, value: T, user: bool) -> Result<(), Fault> {
+        self.write_slow(address, T::SIZE, value.to_u64(), user)
+    }
+
+    /// Reads a word of a system table.
+    pub(crate) fn read_sys<T: Word>(&mut self, address: u64) -> Result<T, Fault> {
+        self.read_as(address, false)
+    }
+
+    /// Writes a word of a system table.
+    pub(crate) fn write_sys<T: Word>(&mut self, address: u64, value: T) -> Result<(), Fault> {
+        self.write_as(address, value, false)
+    }
+
+    /// Whether `size` bytes could be written now; the access bits of the page tables change as if they were.
+    pub(crate) fn probe_write_as(&mut self, address: u64, size: u64, user: bool) -> Result<(), Fault> {
+        self.place(address, 1, Access::Write, user)?;
+        if Self::crosses(address, size) {
+            self.place((address.wrapping_add(size - 1)) & PAGE, 1, Access::Write, user)?;
+        }
+        Ok(())
+    }
+
+    /// Reads bytes at the current privilege (at most a page).
+    pub(crate) fn read_bytes(&mut self, address: u64, out: &mut [u8]) -> Result<(), Fault> {
+        let mut done = 0;
+        while done < out.len() {
+            let n = (out.len() - done).min(8);
+            let n = if n < 8 { 1 << n.ilog2() } else { n };
+            let word = self.read_slow(address.wrapping_add(done as u64), n as u64, self.cpl == 3)?;
+            out[done..done + n].copy_from_slice(&word.to_le_bytes()[..n]);
+            done += n;
+        }
+        Ok(())
+    }
+
+    /// Writes bytes at the current privilege (at most a page); all of them or, on a fault, none.
+    pub(crate) fn write_bytes(&mut self, address: u64, bytes: &[u8]) -> Result<(), Fault> {
+        let user = self.cpl == 3;
+        self.probe_write_as(address, (bytes.len() as u64).max(1), user)?;
+        let mut done = 0;
+        while done < bytes.len() {
+            let n = (bytes.len() - done).min(8);
+            let n = if n < 8 { 1 << n.ilog2() } else { n };
+            let mut word = [0; 8];
+            word[..n].copy_from_slice(&bytes[done..done + n]);
+            self.write_slow(address.wrapping_add(done as u64), n as u64, u64::from_le_bytes(word), user)?;
+            done += n;
+        }
+        Ok(())
+    }
+
+    /// The host address of up to `limit` bytes from `address` to its page's end for a bulk operation, and how many there are;
+    /// null where the page is not RAM.
+    pub(crate) fn run_of(
+        &mut self,
+        address: u64,
+        limit: u64,
+        access: Access,
+    ) -> Result<(*mut u8, u64), Fault> {
+        let length = limit.min(0x1000 - (address & 0xfff));
+        // SAFETY: as in `load`.
+        unsafe {
+            let entry = Self::entry(self.tlb, address);
+            let tag = if access == Access::Write { (*entry).write } else { (*entry).read };
+            if tag == address & PAGE {
+                return Ok((
+                    std::ptr::with_exposed_provenance_mut(address.wrapping_add((*entry).addend) as usize),
+                    length,
+                ));
+            }
+        }
+        match self.place(address, length, access, self.cpl == 3)? {
+            Place::Ram(p) => Ok((p, length)),
+            Place::Io(_) => Ok((std::ptr::null_mut(), length)),
+        }
+    }
+
+    /// The guest-physical address of code at `address`, and its host address (null where it is not RAM).
+    pub(crate) fn code_at(&mut self, address: u64) -> Result<(u64, *const u8), Fault> {
+        let user = self.cpl == 3;
+        let entry = Self::entry(&raw mut *self.tlbs[usize::from(user)], address);
+        // SAFETY: the entry is inside the TLB.
+        unsafe {
+            if (*entry).exec == address & PAGE {
+                let shadow = self.tlbs[usize::from(user)].shadow[(address >> 12) as usize & (ENTRIES - 1)];
+                let host = std::ptr::with_exposed_provenance(address.wrapping_add((*entry).addend) as usize);
+                return Ok((shadow & PAGE | address & 0xfff, host));
+            }
+        }
+        match self.place(address, 1, Access::Execute, user)? {
+            Place::Ram(p) => {
+                let shadow = self.tlbs[usize::from(user)].shadow[(address >> 12) as usize & (ENTRIES - 1)];
+                Ok((shadow & PAGE | address & 0xfff, p))
+            }
+            Place::Io(phys) => Ok((phys, std::ptr::null())),
+        }
+    }
+
+    fn crosses(address: u64, size: u64) -> bool {
+        (address & 0xfff) + size > 0x1000
+    }
+
+    fn read_slow(&mut self, address: u64, size: u64, user: bool) -> Result<u64, Fault> {
+        if Self::crosses(address, size) {
+            let mut value = 0;
+            for n in 0..size {
+                let at = self.wrap(address.wrapping_add(n));
+                value |= self.read_slow(at, 1, user)? << (8 * n);
+            }
+            return Ok(value);
+        }
+        match self.place(address, size, Access::Read, user)? {
+            // SAFETY: `place` vouches for `size` bytes.
+            Place::Ram(p) => Ok(unsafe {
+                match size {
+                    1 => u8::load(p).into(),
+                    2 => u16::load(p).into(),
+                    4 => u32::load(p).into(),
+                    _ => u64::load(p),
+                }
+            }),
+            Place::Io(phys) => Ok(self.io_read(phys, size)),
+        }
+    }
+
+    fn write_slow(&mut self, address: u64, size: u64, value: u64, user: bool) -> Result<(), Fault> {
+        if Self::crosses(address, size) {
+            self.probe_write_as(address, size, user)?;
+            for n in 0..size {
+                let at = self.wrap(address.wrapping_add(n));
+                self.write_slow(at, 1, value >> (8 * n) & 0xff, user)?;
+            }
+            return Ok(());
+        }
+        match self.place(address, size, Access::Write, user)? {
+            // SAFETY: `place` vouches for `size` bytes.
+            Place::Ram(p) => unsafe {
+                match size {
+                    1 => u8::store(p, value as u8),
+                    2 => u16::store(p, value as u16),
+                    4 => u32::store(p, value as u32),
+                    _ => u64::store(p, value),
+                }
+            },
+            Place::Io(phys) => self.io_write(phys, size, value),
+        }
+        Ok(())
+    }
+
+    fn wrap(&self, address: u64) -> u64 {
+        if self.mode & mode::CODE == mode::CODE64 { address } else { address & 0xffff_ffff }
+    }
+
+    /// Finds `size` bytes, which lie in one page, and fills the TLB.
+    fn place(&mut self, address: u64, size: u64, access: Access, user: bool) -> Result<Place, Fault> {
+        if self.efer & efer::LMA != 0 && ((address << 16) as i64 >> 16) as u64 != address {
+            return Err(Fault::gp(0));
+        }
+        let page = address & PAGE;
+        let mapping = paging::walk(self, address, access, user)?;
+        let Some(index) = self.vm.page_index(mapping.phys) else {
+            return Ok(Place::Io(mapping.phys & PAGE | address & 0xfff));
+        };
+        let host = self.vm.ram_page(index);
+        let vm = &self.vm;
+        let mut code = vm.code[index].load(Ordering::SeqCst);
+        if access == Access::Write {
+            vm.mark_dirty(index);
+            if code != 0 {
+                let (first, last) = (address >> 6 & 63, (address & 0xfff).wrapping_add(size - 1) >> 6 & 63);
+                let mask = (u64::MAX >> (63 - (last - first))) << first;
+                if code & mask != 0 {
+                    self.written_code(index);
+                    code = 0;
+                }
+            }
+        }
+        let write = mapping.write && code == 0 && self.vm.is_dirty_or_off(index);
+        let slot = (address >> 12) as usize & (ENTRIES - 1);
+        let tlb = &mut *self.tlbs[usize::from(user)];
+        tlb.entries[slot] = Entry {
+            read: page,
+            write: if write { page } else { NONE },
+            exec: if mapping.exec { page } else { NONE },
+            addend: (host.expose_provenance() as u64).wrapping_sub(page),
+        };
+        tlb.shadow[slot] = mapping.phys & PAGE | if mapping.global { GLOBAL } else { 0 };
+        // SAFETY: the offset stays inside the page.
+        Ok(Place::Ram(unsafe { host.add((address & 0xfff) as usize) }))
+    }
+
+    /// A store hits decoded code: forgets the page's blocks, here and on the other vCPUs.
+    #[cold]
+    fn written_code(&mut self, index: usize) {
+        self.vm.code[index].store(0, Ordering::SeqCst);
+        self.forget_page(index);
+        self.vm.tell_others(self.index, Notice::CodeWritten(index));
+    }
+
+    /// Notes that granules of a page have been decoded. The first time, stores to the page stop being fast on every vCPU.
+    pub(crate) fn note_code(&mut self, index: usize, mask: u64) {
+        let before = self.vm.code[index].fetch_or(mask, Ordering::SeqCst);
+        if before == 0 {
+            self.drop_write_tags(index);
+            self.vm.tell_others(self.index, Notice::CodeDecoded(index));
+        }
+    }
+
+    /// Takes fast stores away from a page. Whether there were any.
+    pub(crate) fn drop_write_tags(&mut self, index: usize) -> bool {
+        let phys = self.vm.page_address(index);
+        let mut any = false;
+        for tlb in &mut self.tlbs {
+            for slot in 0..ENTRIES {
+                if tlb.shadow[slot] & PAGE == phys && tlb.entries[slot].write != NONE {
+                    tlb.entries[slot].write = NONE;
+                    any = true;
+                }
+            }
+        }
+        any
+    }
+
+    /// Takes fast stores away from all pages, noting in the dirty log those that had them.
+    pub(crate) fn drop_all_write_tags(&mut self) {
+        for tlb in &mut self.tlbs {
+            for slot in 0..ENTRIES {
+                if tlb.entries[slot].write != NONE {
+                    tlb.entries[slot].write = NONE;
+                    if let Some(index) = self.vm.page_index(tlb.shadow[slot] & PAGE) {
+                        self.vm.mark_dirty(index);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Forgets all translations.
+    pub(crate) fn flush_tlb(&mut self) {
+        self.tlbs[0].flush();
+        self.tlbs[1].flush();
+        self.blocks.new_context();
+    }
+
+    /// Forgets the translations that are not global.
+    pub(crate) fn flush_tlb_non_global(&mut self) {
+        for tlb in &mut self.tlbs {
+            for slot in 0..ENTRIES {
+                if tlb.shadow[slot] & GLOBAL == 0 {
+                    tlb.entries[slot] = EMPTY;
+                }
+            }
+        }
+        self.blocks.new_context();
+    }
+
+    /// Forgets the translation of one page.
+    pub(crate) fn flush_page(&mut self, address: u64) {
+        let slot = (address >> 12) as usize & (ENTRIES - 1);
+        self.tlbs[0].entries[slot] = EMPTY;
+        self.tlbs[1].entries[slot] = EMPTY;
+        self.blocks.new_context();
+    }
+
+    fn io_read(&mut self, phys: u64, size: u64) -> u64 {
+        if phys & PAGE == crate::apic::APIC_BASE && self.lapic.is_mapped() {
+            let shift = 8 * (phys & 3);
+            return u64::from(self.lapic.mmio_read(phys & 0xffc)) >> shift;
+        }
+        self.vm.mmio.read(phys, size as u8)
+    }
+
+    fn io_write(&mut self, phys: u64, size: u64, value: u64) {
+        if phys & PAGE == crate::apic::APIC_BASE && self.lapic.is_mapped() {
+            let effect = self.lapic.mmio_write(phys & 0xffc, value as u32);
+            self.vm.chip.apply(effect);
+            return;
+        }
+        self.vm.mmio.write(phys, size as u8, value);
+    }
+
+    /// Checks an address in a segment and gives the linear one. `log` bytes from it are accessed.
+    pub(crate) fn segment_linear(
+        &mut self,
+        segment: usize,
+        offset: u64,
+        size: u64,
+        write: bool,
+    ) -> Result<u64, Fault> {
+        let stack = segment == SS;
+        let refuse = || if stack { Fault::ss(0) } else { Fault::gp(0) };
+        let seg = &self.seg[segment];
+        if self.mode & mode::CODE == mode::CODE64 {
+            let base = if segment >= crate::cpu::FS { seg.base } else { 0 };
+            let linear = base.wrapping_add(offset);
+            let last = linear.wrapping_add(size - 1);
+            if ((linear << 16) as i64 >> 16) as u64 != linear || ((last << 16) as i64 >> 16) as u64 != last {
+                return Err(refuse());
+            }
+            return Ok(linear);
+        }
+        let protected = self.cr0 & crate::cpu::cr0::PE != 0 && self.rflags & crate::cpu::fl::VM == 0;
+        if protected {
+            let code = seg.rights & 8 != 0;
+            if seg.rights & 0x80 == 0
+                || write && (code || seg.rights & 2 == 0)
+                || !write && code && seg.rights & 2 == 0
+            {
+                return Err(refuse());
+            }
+        }
+        let last = offset + (size - 1);
+        let down = seg.rights & 0xc == 4;
+        let good = if down {
+            let top = if seg.rights & 0x4000 != 0 { 0xffff_ffff } else { 0xffff };
+            offset > u64::from(seg.limit) && last <= top
+        } else {
+            last <= u64::from(seg.limit)
+        };
+        if good { Ok(seg.base.wrapping_add(offset) & 0xffff_ffff) } else { Err(refuse()) }
+    }
+}
