@@ -215,8 +215,9 @@ fn case(
             before[at + 2] &= !2; // The host's misaligned-SSE mode, which the engine's CPU does not show.
         }
     }
-    native.set_code(0, &bytes);
-    native.set_data(&before);
+    native.code().fill(0xcc);
+    native.code()[..bytes.len()].copy_from_slice(&bytes);
+    native.data().copy_from_slice(&before[..]);
     let host = native.run(&machine);
     let mut after = before.clone();
     let ours = execute(&machine, &decoded, &mut after);

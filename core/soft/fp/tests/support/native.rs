@@ -4,7 +4,6 @@
 //! fault it raised. The kernel tells vector, error code and CR2 in the signal frame, and the FXSAVE image too.
 
 use std::arch::naked_asm;
-use std::sync::Once;
 
 /// Where code and data live, in the native process as in a guest: below 4 GiB, so that 32-bit addresses reach it.
 pub const CODE: u64 = 0x2000_0000;
@@ -142,64 +141,58 @@ extern "C" fn on_signal(signal: i32, _: *mut libc::siginfo_t, context: *mut libc
     }
 }
 
-/// Code and data mapped, handlers installed. One per process.
-pub struct Native(());
+/// Code and data mapped, handlers installed. One per process: the addresses are fixed.
+///
+/// The pages that the instruction sees (code not writable, the last data page read-only) are second mappings of the memory
+/// that this structure writes.
+pub struct Native {
+    code: &'static mut [u8; CODE_SIZE],
+    data: &'static mut [u8; DATA_SIZE],
+}
 
 impl Native {
     pub fn new() -> Self {
-        static ONCE: Once = Once::new();
-        // SAFETY: fixed mappings at addresses that a fresh process does not use; handlers on an alternate stack.
-        ONCE.call_once(|| unsafe {
-            for (address, size) in [(CODE, CODE_SIZE), (DATA, DATA_SIZE)] {
-                let protection = libc::PROT_READ | libc::PROT_WRITE | if address == CODE { libc::PROT_EXEC } else { 0 };
-                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
-                let mapped = libc::mmap(address as *mut _, size, protection, flags, -1, 0);
-                assert_eq!(mapped as u64, address, "mmap at {address:#x}");
-            }
+        // SAFETY: fixed mappings at addresses that a fresh process does not use; handlers on an alternate stack, which is
+        // leaked because it must outlive the thread.
+        unsafe {
+            let file = libc::memfd_create(c"native".as_ptr(), 0);
+            assert!(file >= 0 && libc::ftruncate(file, (CODE_SIZE + DATA_SIZE) as i64) == 0);
+            let map = |address: u64, size: usize, protection: i32, offset: usize| {
+                let flags = libc::MAP_SHARED | libc::MAP_POPULATE | if address == 0 { 0 } else { libc::MAP_FIXED_NOREPLACE };
+                let mapped = libc::mmap(address as *mut _, size, protection, flags, file, offset as i64);
+                assert!(mapped != libc::MAP_FAILED && (address == 0 || mapped as u64 == address), "mmap at {address:#x}");
+                mapped.cast::<u8>()
+            };
+            let (read, write, execute) = (libc::PROT_READ, libc::PROT_READ | libc::PROT_WRITE, libc::PROT_READ | libc::PROT_EXEC);
+            map(CODE, CODE_SIZE, execute, 0);
+            map(DATA, WRITABLE, write, CODE_SIZE);
+            map(DATA + WRITABLE as u64, DATA_SIZE - WRITABLE, read, CODE_SIZE + WRITABLE);
+            let code = map(0, CODE_SIZE, write, 0).cast();
+            let data = map(0, DATA_SIZE, write, CODE_SIZE).cast();
+            libc::close(file);
+
+            let size = 256 << 10;
+            let stack = Box::leak(vec![0_u8; size].into_boxed_slice());
+            let stack = libc::stack_t { ss_sp: stack.as_mut_ptr().cast(), ss_flags: 0, ss_size: size };
+            assert_eq!(libc::sigaltstack(&stack, std::ptr::null_mut()), 0);
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = on_signal as *const () as usize;
             action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
             for signal in [libc::SIGSEGV, libc::SIGFPE, libc::SIGILL, libc::SIGBUS, libc::SIGTRAP] {
                 assert_eq!(libc::sigaction(signal, &action, std::ptr::null_mut()), 0);
             }
-        });
-        // SAFETY: the alternate stack is leaked: it must outlive the thread.
-        unsafe {
-            let size = 256 << 10;
-            let stack = libc::stack_t { ss_sp: Box::leak(vec![0_u8; size].into_boxed_slice()).as_mut_ptr().cast(), ss_flags: 0, ss_size: size };
-            assert_eq!(libc::sigaltstack(&stack, std::ptr::null_mut()), 0);
-        }
-        Self(())
-    }
-
-    /// Puts `code` at `CODE + offset`, INT3 everywhere else.
-    pub fn set_code(&mut self, offset: usize, code: &[u8]) {
-        // SAFETY: our own mapping; the range is checked.
-        unsafe {
-            assert!(offset + code.len() <= CODE_SIZE);
-            std::ptr::write_bytes(CODE as *mut u8, 0xcc, CODE_SIZE);
-            std::ptr::copy_nonoverlapping(code.as_ptr(), (CODE as *mut u8).add(offset), code.len());
+            Self { code: &mut *code, data: &mut *data }
         }
     }
 
-    /// Replaces the data pages.
-    pub fn set_data(&mut self, data: &[u8; DATA_SIZE]) {
-        // SAFETY: our own mapping, made writable for the moment.
-        unsafe {
-            let end = (DATA as usize + WRITABLE) as *mut libc::c_void;
-            if std::slice::from_raw_parts(end as *const u8, DATA_SIZE - WRITABLE) != &data[WRITABLE..] {
-                libc::mprotect(end, DATA_SIZE - WRITABLE, libc::PROT_READ | libc::PROT_WRITE);
-                std::ptr::copy_nonoverlapping(data.as_ptr().add(WRITABLE), end.cast(), DATA_SIZE - WRITABLE);
-                libc::mprotect(end, DATA_SIZE - WRITABLE, libc::PROT_READ);
-            }
-            std::ptr::copy_nonoverlapping(data.as_ptr(), DATA as *mut u8, WRITABLE);
-        }
+    /// The code page.
+    pub fn code(&mut self) -> &mut [u8; CODE_SIZE] {
+        self.code
     }
 
     /// The data pages.
-    pub fn data(&self) -> &[u8; DATA_SIZE] {
-        // SAFETY: our own mapping.
-        unsafe { &*(DATA as *const [u8; DATA_SIZE]) }
+    pub fn data(&mut self) -> &mut [u8; DATA_SIZE] {
+        self.data
     }
 
     /// Runs from `machine.rip` to the first exception.

@@ -1,0 +1,418 @@
+//! One case: a machine state, memory, and one to four instructions.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use iced_x86::{Code, CpuidFeature, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register};
+
+use crate::generate::{Random, aim, instruction};
+use crate::native::{CODE, CODE_SIZE, DATA, DATA_SIZE, Machine, WRITABLE};
+
+pub struct Case {
+    pub machine: Machine,
+    pub code: Box<[u8; CODE_SIZE]>,
+    pub data: Box<[u8; DATA_SIZE]>,
+    pub instructions: Vec<Instruction>,
+    /// The flags that nobody defines at the end.
+    pub undefined_flags: u64,
+}
+
+/// The instruction forms that ring 3 can execute and the engine's CPU shows.
+pub fn forms() -> Vec<Code> {
+    Code::values().filter(|&code| usable(code)).collect()
+}
+
+fn usable(code: Code) -> bool {
+    use CpuidFeature as F;
+    use Mnemonic as M;
+    let form = code.op_code();
+    if !form.is_instruction() || !form.mode64() || form.encoding() != iced_x86::EncodingKind::Legacy {
+        return false;
+    }
+    let shown = code.cpuid_features().iter().all(|feature| {
+        matches!(
+            feature,
+            F::INTEL8086
+                | F::INTEL186
+                | F::INTEL286
+                | F::INTEL386
+                | F::INTEL486
+                | F::X64
+                | F::FPU
+                | F::FPU287
+                | F::FPU387
+                | F::CMOV
+                | F::MMX
+                | F::SSE
+                | F::SSE2
+                | F::FXSR
+                | F::CX8
+                | F::CLFSH
+                | F::MULTIBYTENOP
+                | F::PAUSE
+                | F::PREFETCHW
+                | F::MSR
+                | F::CET_IBT
+        )
+    });
+    shown
+        && !matches!(
+            code.mnemonic(),
+            // The host's kernel answers these, or they show the host's own tables.
+            M::Int | M::Int1 | M::Int3 | M::Syscall | M::Sysenter | M::Sysexit | M::Sysret
+                | M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw | M::Lar | M::Lsl | M::Verr | M::Verw
+                // Segment loads and far transfers would change the host process.
+                | M::Lss | M::Lfs | M::Lgs | M::Lds | M::Les | M::Retf | M::Iret | M::Iretd | M::Iretq
+        )
+        && !form.loads_segment()
+        && !is_far(code)
+}
+
+trait SegmentOperand {
+    fn loads_segment(&self) -> bool;
+}
+
+impl SegmentOperand for iced_x86::OpCodeInfo {
+    /// MOV to and POP of a segment register.
+    fn loads_segment(&self) -> bool {
+        use iced_x86::OpCodeOperandKind as K;
+        let writes = matches!(self.code().mnemonic(), Mnemonic::Mov | Mnemonic::Pop);
+        writes && self.op_count() > 0 && matches!(self.op_kind(0), K::seg_reg | K::fs | K::gs | K::es | K::ds | K::ss | K::cs)
+    }
+}
+
+fn is_far(code: Code) -> bool {
+    let form = code.op_code();
+    form.op_count() > 0
+        && matches!(code.mnemonic(), Mnemonic::Jmp | Mnemonic::Call)
+        && (format!("{code:?}").contains("_m16") || format!("{code:?}").contains("ptr"))
+}
+
+/// Where a memory operand goes: mostly somewhere harmless, sometimes to where it hurts.
+fn target(random: &mut Random) -> u64 {
+    let end = DATA + DATA_SIZE as u64;
+    let near = |random: &mut Random, edge: u64| edge - random.below(20);
+    match random.below(50) {
+        0..=3 => near(random, DATA + 0x1000 * (1 + random.clone().below(3))),
+        4..=6 => near(random, DATA + WRITABLE as u64),
+        7..=8 => DATA + WRITABLE as u64 + random.below((DATA_SIZE - WRITABLE) as u64),
+        9..=10 => near(random, end),
+        11 => end + random.below(0x1000),
+        12 => random.below(0x8000),
+        13 => random.pick(&[0x7fff_ffff_ffff, 0x8000_0000_0000, 0xffff_7fff_ffff_ffff, 1 << 63]) - random.below(16),
+        14..=31 => DATA + random.below(WRITABLE as u64 - 0x400) & !15,
+        _ => DATA + random.below(WRITABLE as u64 - 0x400),
+    }
+}
+
+impl Case {
+    /// `first`: forms for the first instruction, `all` for the others.
+    pub fn new(random: &mut Random, first: &[Code], all: &[Code]) -> Option<Self> {
+        let mut machine = Machine::zero();
+        for register in &mut machine.gpr {
+            *register = random.integer();
+        }
+        for register in [4, 5, 6, 7] {
+            if register == 4 || !random.one_in(4) {
+                machine.gpr[register] = DATA + 0x400 + random.below(WRITABLE as u64 - 0x800) & if random.one_in(8) { !0 } else { !7 };
+            }
+        }
+        machine.rflags = 0x202 | random.next() & 0x8d5 | if random.one_in(4) { 0x400 } else { 0 };
+        machine.fp = random.fp_image();
+        let mut data = Box::new([0; DATA_SIZE]);
+        let mut at = 0;
+        let step = random.next();
+        while at < DATA_SIZE {
+            data[at..at + 8].copy_from_slice(&(at as u64).wrapping_mul(step | 1).to_le_bytes());
+            at += 8;
+        }
+
+        let mut builder = Builder { machine, data, pinned: BTreeSet::new(), bytes: Vec::new(), instructions: Vec::new(), undefined: 0, start: 0 };
+        builder.start = random.below(CODE_SIZE as u64 - 80);
+        let last_on_page = random.one_in(64);
+        let length = if last_on_page || random.one_in(2) { 1 } else { 2 + random.below(3) };
+        for n in 0..length {
+            let code = random.pick(if n == 0 { first } else { all });
+            if !builder.add(random, code) {
+                break;
+            }
+        }
+        if builder.instructions.is_empty() {
+            return None;
+        }
+        let Builder { mut machine, data, bytes, instructions, undefined, mut start, .. } = builder;
+        if last_on_page && !instructions[0].is_ip_rel_memory_operand() && instructions[0].flow_control() == FlowControl::Next {
+            // The end of the page cuts it, or comes right behind it.
+            start = CODE_SIZE as u64 - 1 - random.below(bytes.len() as u64);
+        }
+        machine.rip = CODE + start;
+        let mut code = Box::new([0xcc; CODE_SIZE]);
+        let fits = bytes.len().min(CODE_SIZE - start as usize);
+        code[start as usize..start as usize + fits].copy_from_slice(&bytes[..fits]);
+        Some(Self { machine, code, data, instructions, undefined_flags: undefined })
+    }
+
+    /// Offsets into the data of what environment stores write and nobody tracks; only cases of one instruction have such.
+    pub fn untracked_bytes(&self) -> std::ops::Range<usize> {
+        let first = &self.instructions[0];
+        let inside = match first.mnemonic() {
+            Mnemonic::Fxsave | Mnemonic::Fxsave64 => 5..32,
+            Mnemonic::Fnstenv | Mnemonic::Fnsave if matches!(first.memory_size().size(), 14 | 94) => 6..14,
+            Mnemonic::Fnstenv | Mnemonic::Fnsave => 12..28,
+            _ => return 0..0,
+        };
+        let at = address(first, 0, &self.machine.gpr).wrapping_sub(DATA) as usize;
+        at.saturating_add(inside.start)..at.saturating_add(inside.end)
+    }
+}
+
+fn address(instruction: &Instruction, operand: u32, gpr: &[u64; 16]) -> u64 {
+    let found = instruction.virtual_address(operand, 0, |register, _, _| {
+        if register.is_segment_register() {
+            return Some(0);
+        }
+        let value = gpr[register.full_register().number()];
+        Some(match register.size() {
+            1 if register >= Register::AH && register <= Register::BH => gpr[register.number() & 3] >> 8 & 0xff,
+            1 => value & 0xff,
+            2 => value & 0xffff,
+            4 => value & 0xffff_ffff,
+            _ => value,
+        })
+    });
+    found.unwrap_or(0)
+}
+
+struct Builder {
+    machine: Machine,
+    data: Box<[u8; DATA_SIZE]>,
+    /// Registers that earlier instructions have read or written: their first values are taken.
+    pinned: BTreeSet<Register>,
+    bytes: Vec<u8>,
+    instructions: Vec<Instruction>,
+    undefined: u64,
+    start: u64,
+}
+
+impl Builder {
+    /// Adds an instruction of this form. False: there shall be no further one.
+    fn add(&mut self, random: &mut Random, code: Code) -> bool {
+        use Mnemonic as M;
+        let alone = self.instructions.is_empty();
+        let ip = CODE + self.start + self.bytes.len() as u64;
+        let Some((bytes, instruction)) = instruction(random, code, ip) else { return false };
+        let mnemonic = instruction.mnemonic();
+        if !alone && matches!(mnemonic, M::Popf | M::Popfd | M::Popfq | M::Fxrstor | M::Fxrstor64 | M::Fxsave | M::Fxsave64 | M::Fnsave | M::Fnstenv | M::Ldmxcsr) {
+            return false;
+        }
+        if flags(instruction.rflags_read()) & self.undefined != 0 || undefined_result(&instruction) {
+            return false;
+        }
+        // Aim what it addresses, if the registers are still free.
+        let mut factory = InstructionInfoFactory::new();
+        let info = factory.info(&instruction);
+        let used: BTreeSet<Register> =
+            info.used_registers().iter().map(|used| used.register().full_register()).filter(|register| register.is_gpr()).collect();
+        let memory = (0..instruction.op_count()).find(|&n| instruction.op_kind(n) == OpKind::Memory);
+        if memory.is_some() {
+            let addressing = [instruction.memory_base().full_register(), instruction.memory_index().full_register()];
+            if addressing.iter().any(|register| self.pinned.contains(register)) {
+                return false;
+            }
+            let shift = matches!(mnemonic, M::Bt | M::Bts | M::Btr | M::Btc) && instruction.op1_kind() == OpKind::Register;
+            if shift && !random.one_in(4) {
+                let register = instruction.op1_register().full_register();
+                if !self.pinned.contains(&register) && !addressing.contains(&register) {
+                    self.machine.gpr[register.number()] = random.below(4096).wrapping_sub(1024);
+                }
+            }
+            let mut to = target(random);
+            if matches!(mnemonic, M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64) && !random.one_in(4) {
+                to &= !15;
+            }
+            aim(&instruction, &mut self.machine.gpr, to);
+        }
+        if instruction.is_string_instruction() {
+            if !self.pinned.contains(&Register::RCX) {
+                self.machine.gpr[1] = if random.one_in(16) { random.below(0x6000) } else { random.below(40) };
+            }
+            for (register, number) in [(Register::RSI, 6), (Register::RDI, 7)] {
+                if used.contains(&register) && !self.pinned.contains(&register) {
+                    self.machine.gpr[number] = target(random);
+                }
+            }
+        }
+        match mnemonic {
+            M::Div | M::Idiv if alone && random.one_in(2) => self.machine.gpr[2] = random.pick(&[0, 0, 0, 1, u64::MAX]),
+            M::Xlatb if alone => self.machine.gpr[3] = target(random),
+            M::Maskmovq | M::Maskmovdqu if alone => self.machine.gpr[7] = target(random),
+            M::Cmpxchg8b if alone && random.one_in(2) => self.agree_with_memory(&instruction, memory),
+            M::Cmpxchg if alone && random.one_in(2) => self.agree_with_memory(&instruction, memory),
+            M::Leave if alone => self.machine.gpr[5] = target(random),
+            M::Push | M::Pop | M::Call | M::Ret | M::Enter | M::Pushf | M::Pushfq if alone && random.one_in(8) => {
+                self.machine.gpr[4] = target(random);
+            }
+            _ => {}
+        }
+        if instruction.flow_control() != FlowControl::Next && !self.aim_branch(random, &instruction, bytes.len() as u64) {
+            return false;
+        }
+        self.prepare_memory(random, &instruction, memory);
+        if mnemonic == M::Popf || mnemonic == M::Popfq {
+            // Not: single steps, nested tasks, alignment checks.
+            self.clear_bits(self.machine.gpr[4], 0x4_4100);
+        }
+        let written = flags(instruction.rflags_written() | instruction.rflags_cleared() | instruction.rflags_set());
+        let conditional = instruction.has_rep_prefix() || instruction.has_repne_prefix() || shifts(mnemonic);
+        if !conditional {
+            self.undefined &= !written;
+        }
+        self.undefined |= flags(instruction.rflags_undefined());
+        self.pinned.extend(used);
+        self.bytes.extend(bytes);
+        self.instructions.push(instruction);
+        instruction.flow_control() == FlowControl::Next
+    }
+
+    /// CMPXCHG: makes the comparison succeed.
+    fn agree_with_memory(&mut self, instruction: &Instruction, memory: Option<u32>) {
+        let Some(operand) = memory else { return };
+        let at = address(instruction, operand, &self.machine.gpr).wrapping_sub(DATA);
+        if at < (DATA_SIZE - 16) as u64 {
+            let at = at as usize;
+            let word = |at: usize| u64::from_le_bytes(self.data[at..at + 8].try_into().expect("8 bytes"));
+            let value = word(at);
+            if instruction.mnemonic() == Mnemonic::Cmpxchg8b {
+                self.machine.gpr[0] = value & 0xffff_ffff;
+                self.machine.gpr[2] = value >> 32;
+            } else {
+                self.machine.gpr[0] = value;
+            }
+        }
+    }
+
+    /// Branches must not come back to the sequence: they could loop for ever. Anywhere else INT3, or nothing, awaits them.
+    fn aim_branch(&mut self, random: &mut Random, instruction: &Instruction, length: u64) -> bool {
+        let end = instruction.ip() + length;
+        let sequence = CODE + self.start..end;
+        match instruction.flow_control() {
+            FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch | FlowControl::Call
+                if matches!(instruction.op0_kind(), OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64) =>
+            {
+                !sequence.contains(&instruction.near_branch_target())
+            }
+            FlowControl::IndirectBranch | FlowControl::IndirectCall | FlowControl::Return => {
+                let to = if random.one_in(8) { random.next() } else { CODE + (self.start + 100 + random.below(3000)) % CODE_SIZE as u64 };
+                if sequence.contains(&to) {
+                    return false;
+                }
+                if instruction.op0_kind() == OpKind::Register && instruction.flow_control() != FlowControl::Return {
+                    self.machine.gpr[instruction.op0_register().full_register().number()] = to;
+                    return true;
+                }
+                let from = match instruction.flow_control() {
+                    FlowControl::Return => self.machine.gpr[4],
+                    _ => address(instruction, 0, &self.machine.gpr),
+                };
+                self.put(from, to);
+                true
+            }
+            _ => true,
+        }
+    }
+
+    fn put(&mut self, address: u64, value: u64) {
+        let at = address.wrapping_sub(DATA);
+        if at <= (DATA_SIZE - 8) as u64 {
+            self.data[at as usize..at as usize + 8].copy_from_slice(&value.to_le_bytes());
+        }
+    }
+
+    fn clear_bits(&mut self, address: u64, bits: u32) {
+        let at = address.wrapping_sub(DATA);
+        if at <= (DATA_SIZE - 4) as u64 {
+            for (byte, mask) in self.data[at as usize..at as usize + 4].iter_mut().zip(bits.to_le_bytes()) {
+                *byte &= !mask;
+            }
+        }
+    }
+
+    /// Gives the memory operand a value of its kind.
+    fn prepare_memory(&mut self, random: &mut Random, instruction: &Instruction, memory: Option<u32>) {
+        let Some(operand) = memory else { return };
+        let at = address(instruction, operand, &self.machine.gpr).wrapping_sub(DATA);
+        let size = instruction.memory_size().size();
+        if at >= DATA_SIZE as u64 || at as usize + size.max(16) > DATA_SIZE || instruction.flow_control() != FlowControl::Next {
+            return;
+        }
+        let at = at as usize;
+        match instruction.mnemonic() {
+            Mnemonic::Fxrstor | Mnemonic::Fxrstor64 => {
+                let image = random.fp_image();
+                self.data[at..at + 512].copy_from_slice(&image);
+                return;
+            }
+            Mnemonic::Ldmxcsr => {
+                let value = if random.one_in(4) { random.next() as u32 & !0x2_0000 } else { random.next() as u32 & 0xffff };
+                self.data[at..at + 4].copy_from_slice(&value.to_le_bytes());
+                return;
+            }
+            _ => {}
+        }
+        let value = match size {
+            10 => random.float80(),
+            8 if random.one_in(2) => random.float(11, 52).into(),
+            4 if random.one_in(2) => random.float(8, 23).into(),
+            16 => random.vector(),
+            _ => random.integer().into(),
+        };
+        let n = size.min(16);
+        self.data[at..at + n].copy_from_slice(&value.to_le_bytes()[..n]);
+    }
+}
+
+/// iced-x86's flag bits as RFLAGS.
+fn flags(bits: u32) -> u64 {
+    use iced_x86::RflagsBits as R;
+    [(R::CF, 1_u64), (R::PF, 4), (R::AF, 16), (R::ZF, 64), (R::SF, 128), (R::OF, 0x800), (R::DF, 0x400)]
+        .into_iter()
+        .filter(|&(bit, _)| bits & bit != 0)
+        .map(|(_, flag)| flag)
+        .sum()
+}
+
+/// A count of zero leaves the flags alone.
+fn shifts(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(mnemonic, M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd)
+}
+
+/// Results that the manuals leave open: double shifts of 16 bits by more.
+fn undefined_result(instruction: &Instruction) -> bool {
+    matches!(instruction.mnemonic(), Mnemonic::Shld | Mnemonic::Shrd)
+        && (instruction.op1_register().size() == 2)
+        && (instruction.op2_kind() == OpKind::Register || instruction.immediate8() & 31 > 16)
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let at = (self.machine.rip - CODE) as usize;
+        let length: usize = self.instructions.iter().map(Instruction::len).sum();
+        for instruction in &self.instructions {
+            writeln!(f, "    {instruction}")?;
+        }
+        writeln!(f, "    bytes at {:#x}: {:02x?}", self.machine.rip, &self.code[at..(at + length).min(CODE_SIZE)])?;
+        for (n, value) in self.machine.gpr.iter().enumerate() {
+            write!(f, "    {:?} {value:#x}", Register::RAX + n as u32)?;
+        }
+        writeln!(f, "    rflags {:#x}", self.machine.rflags)?;
+        if let Some(operand) = (0..self.instructions[0].op_count()).find(|&n| self.instructions[0].op_kind(n) == OpKind::Memory) {
+            let address = address(&self.instructions[0], operand, &self.machine.gpr);
+            let at = address.wrapping_sub(DATA) as usize;
+            if at <= DATA_SIZE - 16 {
+                writeln!(f, "    memory at {address:#x}: {:02x?}", &self.data[at..at + 16])?;
+            }
+        }
+        Ok(())
+    }
+}
