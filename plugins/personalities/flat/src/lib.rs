@@ -66,8 +66,8 @@ impl Personality for Flat {
             ],
         )?;
         let mode = mode.flatten();
-        let entry = given(options, "entry")?;
-        let load = given(options, "load")?;
+        let entry = options.number::<u64>("entry")?;
+        let load = options.number::<u64>("load")?;
 
         let mut layout = Layout::new(machine);
         let (kind, mode, entry) = match Elf::parse(&kernel)? {
@@ -134,11 +134,6 @@ fn the_kernel(images: Vec<Image>) -> Result<Image> {
         }
     }
     kernel.ok_or_else(|| Error::Invalid("the image `kernel` is missing".into()))
-}
-
-/// A number that may be left out; the manifest's default for that is the empty text.
-fn given(options: &Config, key: &str) -> Result<Option<u64>> {
-    if options.text(key).is_none_or(str::is_empty) { Ok(None) } else { Ok(options.number(key)?) }
 }
 
 /// Code that runs at `entry`: below 64 KiB in segment 0, as firmware enters a boot sector, else in the 64 KiB-aligned segment.

@@ -1,0 +1,61 @@
+//! The kernel of Debian's `linux-image-cloud-amd64`, as `cargo xtask guests` puts it into the cache.
+
+mod support;
+
+use std::path::PathBuf;
+
+use support::{Bench, MIB};
+use tenon_personality_linux::Linux;
+use tenon_sdk::personality::CpuState;
+
+/// A file among the guests of `$TENON_GUESTS` or `~/.cache/tenon/guests`.
+fn guest(name: &str) -> Option<Vec<u8>> {
+    let folder = std::env::var_os("TENON_GUESTS").map(PathBuf::from).or_else(|| {
+        let home = std::env::var_os("HOME")?;
+        Some(PathBuf::from(home).join(".cache/tenon/guests"))
+    });
+    let file = folder?.join(name);
+    let found = std::fs::read(&file).ok();
+    if found.is_none() {
+        println!("not run: {} is not there; `cargo xtask guests` makes it", file.display());
+    }
+    found
+}
+
+/// What both images of the same kernel must lead to.
+fn check(kernel: Vec<u8>, summary_end: &str) -> Bench {
+    let bench = Bench::new(256 * MIB).image("kernel", kernel).image("initrd", vec![7; 12_345]).option("cmdline", "console=ttyS0");
+    let before = std::time::Instant::now();
+    let boot = bench.load::<Linux>().unwrap();
+    println!("{} in {:?}", boot.summary, before.elapsed());
+    assert!(boot.summary.starts_with("Linux 6."), "{}", boot.summary);
+    assert!(boot.summary.ends_with(summary_end), "{}", boot.summary);
+    let start = boot.vcpu.general[CpuState::RBX];
+    assert_eq!(bench.u32(start), 0x336e_c578);
+    assert_eq!(bench.text(bench.u64(start + 24)), "console=ttyS0");
+    bench
+}
+
+#[test]
+fn debians_bzimage_boots_by_pvh_and_equals_its_elf_image() {
+    let (Some(packed), Some(plain)) = (guest("vmlinuz"), guest("vmlinux")) else {
+        return;
+    };
+    let packed = check(packed, "-cloud-amd64 (bzImage, lz4, PVH)");
+    let plain = check(plain, "-cloud-amd64 (ELF, PVH)");
+    let (from, to) = (16 * MIB, 64 * MIB);
+    let length = usize::try_from(to - from).unwrap();
+    assert!(packed.bytes(from, length) == plain.bytes(from, length), "the same kernel in memory");
+}
+
+#[test]
+fn debians_bzimage_boots_by_its_own_entries_when_told_to() {
+    let Some(packed) = guest("vmlinuz") else {
+        return;
+    };
+    let bench = Bench::new(256 * MIB).image("kernel", packed).option("protocol", "linux64");
+    let boot = bench.load::<Linux>().unwrap();
+    assert!(boot.summary.ends_with("(bzImage, lz4, 64-bit entry)"), "{}", boot.summary);
+    assert_eq!(boot.vcpu.rip, 16 * MIB);
+    assert_eq!(bench.bytes(boot.vcpu.general[CpuState::RSI] + 0x202, 4), b"HdrS");
+}
