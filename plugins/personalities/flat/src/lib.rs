@@ -73,7 +73,9 @@ impl Personality for Flat {
         let (kind, mode, entry) = match Elf::parse(&kernel)? {
             Some(elf) => {
                 if load.is_some() {
-                    return Err(Error::Invalid("`load` is given, but an ELF image says itself where it belongs".into()));
+                    return Err(Error::Invalid(
+                        "`load` is given, but an ELF image says itself where it belongs".into(),
+                    ));
                 }
                 elf.load(&kernel, &mut layout, memory)?;
                 let (name, natural) = match elf.class {
@@ -86,7 +88,9 @@ impl Personality for Flat {
                 let mode = mode.unwrap_or(Mode::Real);
                 let load = load.unwrap_or(if mode == Mode::Real { BOOT_SECTOR } else { ONE_MEBIBYTE });
                 if kernel.size() == 0 {
-                    return Err(Error::NotMine("looked for an image with something in it; found an empty file".into()));
+                    return Err(Error::NotMine(
+                        "looked for an image with something in it; found an empty file".into(),
+                    ));
                 }
                 layout.take(load, kernel.size(), "the image")?;
                 memory.copy_image(load, &kernel, 0, kernel.size())?;
@@ -97,8 +101,9 @@ impl Personality for Flat {
         let mut vcpu = match mode {
             Mode::Real => real_mode(entry)?,
             Mode::Protected => {
-                let entry = u32::try_from(entry)
-                    .map_err(|_| Error::Invalid(format!("the entry {entry:#x} is past the 4 GiB of protected mode")))?;
+                let entry = u32::try_from(entry).map_err(|_| {
+                    Error::Invalid(format!("the entry {entry:#x} is past the 4 GiB of protected mode"))
+                })?;
                 Tables::write(&mut layout, memory, LOW_START, LOW_END, false)?.protected_mode(entry)
             }
             Mode::Long => {
@@ -130,7 +135,9 @@ fn the_kernel(images: Vec<Image>) -> Result<Image> {
     for image in images {
         let role = image.role();
         if role != "kernel" || kernel.replace(image).is_some() {
-            return Err(Error::Invalid(format!("one image `{role}` too many is given; a flat guest takes one `kernel`")));
+            return Err(Error::Invalid(format!(
+                "one image `{role}` too many is given; a flat guest takes one `kernel`"
+            )));
         }
     }
     kernel.ok_or_else(|| Error::Invalid("the image `kernel` is missing".into()))
@@ -139,7 +146,9 @@ fn the_kernel(images: Vec<Image>) -> Result<Image> {
 /// Code that runs at `entry`: below 64 KiB in segment 0, as firmware enters a boot sector, else in the 64 KiB-aligned segment.
 fn real_mode(entry: u64) -> Result<CpuState> {
     if entry >= REAL_END {
-        return Err(Error::Invalid(format!("the entry {entry:#x} is past the first MiB, which is all that real mode reaches")));
+        return Err(Error::Invalid(format!(
+            "the entry {entry:#x} is past the first MiB, which is all that real mode reaches"
+        )));
     }
     let low = |value: u64| u16::try_from(value & 0xffff).unwrap_or(0);
     let mut vcpu = CpuState::real_mode(low(entry >> 4 & 0xf000), low(entry));

@@ -94,8 +94,11 @@ impl SetupHeader {
 
         let relocatable = protocol >= 0x0205 && u8_at(0x234) != 0;
         let has_preference = protocol >= 0x020a;
-        let load_address =
-            if has_preference && relocatable { u64_at(0x258) } else { u64::from(u32_at(0x214)).max(0x10_0000) };
+        let load_address = if has_preference && relocatable {
+            u64_at(0x258)
+        } else {
+            u64::from(u32_at(0x214)).max(0x10_0000)
+        };
         // Before 2.10 an image does not say how much it needs: twelve times its size was enough for every packing of its time.
         let init_size = if has_preference { u64::from(u32_at(0x260)) } else { code_size * 12 };
         Ok(Some(Self {

@@ -71,7 +71,9 @@ impl Personality for Linux {
                 }
             };
             if slot.replace(image).is_some() {
-                return Err(Error::Invalid("the same image is given twice; Linux takes one `kernel` and one `initrd`".into()));
+                return Err(Error::Invalid(
+                    "the same image is given twice; Linux takes one `kernel` and one `initrd`".into(),
+                ));
             }
         }
         let kernel = kernel.ok_or_else(|| Error::Invalid("the image `kernel` is missing".into()))?;
@@ -159,7 +161,9 @@ impl<'a> Loader<'a> {
         };
         let (reach, entered) = match (pvh, self.protocol, elf.class) {
             (None, Protocol::Pvh, _) => {
-                return Err(Error::NotMine("looked for a PVH entry (ELF note `Xen`, type 18); the kernel has none".into()));
+                return Err(Error::NotMine(
+                    "looked for a PVH entry (ELF note `Xen`, type 18); the kernel has none".into(),
+                ));
             }
             (None, Protocol::Linux64, Class::Elf32) => {
                 return Err(Error::NotMine("looked for a 64-bit kernel; found one for 32 bits".into()));
@@ -224,7 +228,9 @@ impl<'a> Loader<'a> {
             tables.long_mode(entry)
         } else {
             tables.protected_mode(u32::try_from(entry).map_err(|_| {
-                Error::Corrupt(format!("the 32-bit entry point is at {entry:#x}, which takes more than 32 bits"))
+                Error::Corrupt(format!(
+                    "the 32-bit entry point is at {entry:#x}, which takes more than 32 bits"
+                ))
             })?)
         };
         vcpu.general[CpuState::RSI] = zero_page;
@@ -276,9 +282,9 @@ fn unpack_payload(image: &Image, header: &SetupHeader) -> Result<Option<(Packing
         )));
     }
     let payload = image.read_exact(offset, length)?;
-    let kernel = packing
-        .unpack(&payload)
-        .map_err(|what| Error::Corrupt(format!("unpacking the kernel's {} payload: {what}", packing.name())))?;
+    let kernel = packing.unpack(&payload).map_err(|what| {
+        Error::Corrupt(format!("unpacking the kernel's {} payload: {what}", packing.name()))
+    })?;
     Ok(Some((packing, kernel)))
 }
 

@@ -24,7 +24,9 @@ pub(crate) fn entry_point(elf: &Elf, image: &(impl Source + ?Sized)) -> Result<O
     let value = match note.len() {
         4 | 8 => note.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte)),
         length => {
-            return Err(Error::Corrupt(format!("the PVH entry note has {length} bytes; 4 or 8 were looked for")));
+            return Err(Error::Corrupt(format!(
+                "the PVH entry note has {length} bytes; 4 or 8 were looked for"
+            )));
         }
     };
     let (start, end) = elf.extent();
@@ -56,8 +58,10 @@ pub(crate) fn prepare(
     let cmdline = map + map_size;
 
     let mut bytes = Vec::new();
-    let u32s = |values: &[u32], bytes: &mut Vec<u8>| bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
-    let u64s = |values: &[u64], bytes: &mut Vec<u8>| bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+    let u32s =
+        |values: &[u32], bytes: &mut Vec<u8>| bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+    let u64s =
+        |values: &[u64], bytes: &mut Vec<u8>| bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
     // Magic, version, flags, number of modules.
     u32s(&[START_MAGIC, 1, 0, u32::from(extras.initrd.is_some())], &mut bytes);
     u64s(&[if modules == 0 { 0 } else { module_list }, cmdline, machine.rsdp.unwrap_or(0), map], &mut bytes);

@@ -60,7 +60,8 @@ impl Packing {
     /// # Errors
     /// Says what is damaged, for a person to read.
     pub(crate) fn unpack(self, payload: &[u8]) -> Result<Vec<u8>, String> {
-        let (packed, trailer) = payload.split_last_chunk::<4>().ok_or("it is shorter than its length word")?;
+        let (packed, trailer) =
+            payload.split_last_chunk::<4>().ok_or("it is shorter than its length word")?;
         let length = u32::from_le_bytes(*trailer) as usize;
         if length > MAX_UNPACKED {
             return Err(format!(
@@ -75,12 +76,14 @@ impl Packing {
             Self::Xz => {
                 read_exactly(lzma_rust2::XzReader::new_mem_limit(packed, false, MAX_DICTIONARY_KIB), length)?
             }
-            Self::Zstd => {
-                read_exactly(ruzstd::decoding::StreamingDecoder::new(packed).map_err(|e| e.to_string())?, length)?
-            }
+            Self::Zstd => read_exactly(
+                ruzstd::decoding::StreamingDecoder::new(packed).map_err(|e| e.to_string())?,
+                length,
+            )?,
             Self::Lz4 => lz4_legacy(packed, length)?,
             Self::Lzma => read_exactly(
-                lzma_rust2::LzmaReader::new_mem_limit(packed, MAX_DICTIONARY_KIB, None).map_err(|e| e.to_string())?,
+                lzma_rust2::LzmaReader::new_mem_limit(packed, MAX_DICTIONARY_KIB, None)
+                    .map_err(|e| e.to_string())?,
                 length,
             )?,
         };

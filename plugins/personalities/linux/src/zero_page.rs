@@ -26,7 +26,8 @@ pub(crate) fn write(
     layout: &mut Layout,
     memory: &Memory<'_>,
 ) -> Result<u64, Error> {
-    let cmdline = layout.take_lowest(extras.cmdline.len() as u64 + 1, LOW_START, LOW_END, "the command line")?;
+    let cmdline =
+        layout.take_lowest(extras.cmdline.len() as u64 + 1, LOW_START, LOW_END, "the command line")?;
     let mut text = extras.cmdline.as_bytes().to_vec();
     text.push(0);
     text[..].place(memory, cmdline, 0, text.len() as u64)?;
@@ -50,9 +51,10 @@ pub(crate) fn write(
     }
     page.put(0x070, &machine.rsdp.unwrap_or(0).to_le_bytes());
 
-    let Ok(count) = u8::try_from(machine.memory.len()).map_err(drop).and_then(|count| {
-        if usize::from(count) <= MAX_MAP { Ok(count) } else { Err(()) }
-    }) else {
+    let Ok(count) = u8::try_from(machine.memory.len())
+        .map_err(drop)
+        .and_then(|count| if usize::from(count) <= MAX_MAP { Ok(count) } else { Err(()) })
+    else {
         return Err(Error::NoRoom(format!(
             "the machine has {} memory ranges; Linux's zero page has room for {MAX_MAP}",
             machine.memory.len()

@@ -24,7 +24,10 @@ fn guest(name: &str) -> Option<Vec<u8>> {
 
 /// What both images of the same kernel must lead to.
 fn check(kernel: Vec<u8>, summary_end: &str) -> Bench {
-    let bench = Bench::new(256 * MIB).image("kernel", kernel).image("initrd", vec![7; 12_345]).option("cmdline", "console=ttyS0");
+    let bench = Bench::new(256 * MIB)
+        .image("kernel", kernel)
+        .image("initrd", vec![7; 12_345])
+        .option("cmdline", "console=ttyS0");
     let before = std::time::Instant::now();
     let boot = bench.load::<Linux>().unwrap();
     println!("{} in {:?}", boot.summary, before.elapsed());
