@@ -29,7 +29,8 @@ impl Date {
         // Years are counted from March here, so that the leap day is the last of its year.
         let days = days + 719_468;
         let (era, day_of_era) = (days.div_euclid(ERA), days.rem_euclid(ERA));
-        let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / (ERA - 1)) / 365;
+        let year_of_era =
+            (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / (ERA - 1)) / 365;
         let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
         let shifted_month = (5 * day_of_year + 2) / 153;
         let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
@@ -53,7 +54,8 @@ impl Date {
         let (era, year_of_era) = (year.div_euclid(400), year.rem_euclid(400));
         let shifted_month = if month > 2 { month - 3 } else { month + 9 };
         let day_of_year = (153 * shifted_month + 2) / 5 + i64::from(self.day) - 1;
-        let days = era * ERA + year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + day_of_year - 719_468;
+        let days =
+            era * ERA + year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + day_of_year - 719_468;
         days * DAY + i64::from(self.hour) * 3600 + i64::from(self.minute) * 60 + i64::from(self.second)
     }
 
@@ -92,7 +94,10 @@ mod tests {
         assert_eq!(date(1970, 1, 1).to_seconds(), 0);
         assert_eq!(date(2000, 2, 29).to_seconds(), 951_782_400);
         assert_eq!(date(2000, 2, 29).weekday(), 3);
-        assert_eq!(Date::from_seconds(4_107_542_399), Date { hour: 23, minute: 59, second: 59, ..date(2100, 2, 28) });
+        assert_eq!(
+            Date::from_seconds(4_107_542_399),
+            Date { hour: 23, minute: 59, second: 59, ..date(2100, 2, 28) }
+        );
         assert_eq!(Date::from_seconds(4_107_542_400), date(2100, 3, 1));
     }
 
