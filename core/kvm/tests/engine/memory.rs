@@ -22,11 +22,13 @@ fn the_dirty_log_names_the_pages_that_were_written() {
         exit(a);
     });
     ended.value();
-    let all = guest.vm.take_dirty_log().unwrap();
-    assert!(all.is_sorted(), "{all:x?}");
-    // Page tables below get their accessed bits.
-    let pages: Vec<_> = all.into_iter().filter(|page| *page >= 0x10_0000).collect();
-    assert_eq!(pages, [0x10_0000, 0x10_5000, 0x1f_f000]);
+    let pages = guest.vm.take_dirty_log().unwrap();
+    assert!(pages.is_sorted(), "{pages:x?}");
+    for page in [0x10_0000, 0x10_5000, 0x1f_f000] {
+        assert!(pages.contains(&page), "{page:x} is not in {pages:x?}");
+    }
+    // A page that was only read may be there: the kernel notes it when it maps it for writing.
+    assert!(!pages.contains(&0x15_0000), "{pages:x?}");
     assert!(guest.vm.take_dirty_log().unwrap().is_empty(), "taken");
     guest.vm.set_dirty_log(false).unwrap();
     guest.play(Mode::Long, exit).value();
