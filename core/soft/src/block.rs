@@ -331,13 +331,14 @@ impl Cpu {
         let most = if mode & SINGLE != 0 { 1 } else { MOST };
         let mut insn = Instruction::default();
         let mut ended = false;
+        let mut count = 0;
         let mut lowering = lower::Context::new(mode);
-        while ops.len() < most && !ended {
+        while count < most && !ended {
             let options = DecoderOptions::AMD | DecoderOptions::NO_MPFX_0FBC | DecoderOptions::NO_MPFX_0FBD;
             let mut decoder = Decoder::with_ip(bits, &bytes[length..available], length as u64, options);
             decoder.decode_out(&mut insn);
             if insn.is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes && available == here {
-                if !ops.is_empty() {
+                if count != 0 {
                     break;
                 }
                 // The instruction crosses into the next page.
@@ -358,15 +359,20 @@ impl Cpu {
                 second = next_phys;
                 continue;
             }
-            let Lowered { mut op, ends } = lowering.lower(&mut self.blocks, &insn);
-            op.ip = length as u16;
-            op.len = insn.len() as u8;
-            op.n = ops.len() as u8;
-            ops.push(op);
+            let Lowered { op, ends, fuse } = lowering.lower(&mut self.blocks, &insn);
+            if let (Some(run), Some(before)) = (fuse, ops.last_mut()) {
+                before.run = run;
+            }
+            if let Some(mut op) = op {
+                op.ip = length as u16;
+                op.len = insn.len() as u8;
+                op.n = count as u8;
+                ops.push(op);
+            }
+            count += 1;
             length += insn.len().max(1);
             ended = ends || second != ONE_PAGE;
         }
-        let count = ops.len() as u32;
         if !lowering.branched() {
             let mut op = ops::fall_through();
             op.ip = length as u16;
@@ -379,7 +385,7 @@ impl Cpu {
             && mode & SINGLE == 0
             && second == ONE_PAGE
         {
-            lower::allow_links(last, linear & 0xfff, length as u64);
+            lowering.allow_links(last, linear & 0xfff);
         }
         let size = size_of::<Block>() + ops.len() * size_of::<Op>() + length;
         let block = self.blocks.allocate(size).cast::<Block>();
@@ -391,7 +397,7 @@ impl Cpu {
             let copy = to.add(ops.len()).cast::<u8>();
             std::ptr::copy_nonoverlapping(bytes.as_ptr(), copy, length);
             block.write(Block {
-                count,
+                count: count as u32,
                 mode,
                 link: [std::ptr::null_mut(); 2],
                 phys,

@@ -364,6 +364,7 @@ impl Cpu {
 
     /// Whether `size` bytes could be written now; the access bits of the page tables change as if they were.
     pub(crate) fn probe_write_as(&mut self, address: u64, size: u64, user: bool) -> Result<(), Fault> {
+        self.check_last(address, size)?;
         self.place(address, 1, Access::Write, user)?;
         if Self::crosses(address, size) {
             self.place((address.wrapping_add(size - 1)) & PAGE, 1, Access::Write, user)?;
@@ -453,6 +454,7 @@ impl Cpu {
 
     fn read_slow(&mut self, address: u64, size: u64, user: bool) -> Result<u64, Fault> {
         if Self::crosses(address, size) {
+            self.check_last(address, size)?;
             let mut value = 0;
             for n in 0..size {
                 let at = self.wrap(address.wrapping_add(n));
@@ -496,6 +498,12 @@ impl Cpu {
             Place::Io(phys) => self.io_write(phys, size, value),
         }
         Ok(())
+    }
+
+    /// An access that runs out of the canonical addresses is refused as a whole, before its first page is looked at.
+    fn check_last(&self, address: u64, size: u64) -> Result<(), Fault> {
+        let last = self.wrap(address.wrapping_add(size - 1));
+        if crate::segment::is_canonical(last) { Ok(()) } else { Err(Fault::gp(0)) }
     }
 
     fn wrap(&self, address: u64) -> u64 {

@@ -41,6 +41,20 @@ pub(crate) fn segment_index(register: Register) -> usize {
     (register as usize).wrapping_sub(Register::ES as usize)
 }
 
+/// The segment that an instruction's memory operand is in. In 64-bit code the prefixes for ES, CS, SS and DS are ignored
+/// (AMD APM vol. 3 §1.2.4), also for which exception a non-canonical address raises.
+pub(crate) fn data_segment(insn: &Instruction) -> usize {
+    use crate::cpu::{DS, FS, SS};
+    let named = segment_index(insn.memory_segment());
+    if insn.code_size() != iced_x86::CodeSize::Code64 || named >= FS {
+        return named;
+    }
+    match insn.memory_base() {
+        Register::RSP | Register::ESP | Register::RBP | Register::EBP => SS,
+        _ => DS,
+    }
+}
+
 /// Where a general-purpose register lies: its index, log2 of its size, and whether it is AH, CH, DH or BH.
 pub(crate) fn locate(register: Register) -> Option<(usize, u32, bool)> {
     let n = register as usize;
@@ -124,7 +138,7 @@ impl Cpu {
         write: bool,
     ) -> Result<u64, Fault> {
         let offset = self.offset(insn);
-        self.segment_linear(segment_index(insn.memory_segment()), offset, size, write)
+        self.segment_linear(data_segment(insn), offset, size, write)
     }
 
     /// Reads a word of the size given as log2.

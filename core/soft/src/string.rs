@@ -11,7 +11,7 @@ use iced_x86::{Code, Instruction, OpKind, Register};
 
 use crate::cpu::{Cpu, ES, Fault, RAX, RCX, RDI, RDX, RSI, fl, mode};
 use crate::mem::{Access, Word};
-use crate::operand::{by_size, mask, segment_index};
+use crate::operand::{by_size, data_segment, mask};
 use crate::slow::alu::{Alu, binary};
 
 /// What a string instruction does.
@@ -88,11 +88,7 @@ pub(crate) fn run(cpu: &mut Cpu, insn: &Instruction) -> Result<bool, Fault> {
     let repeated = insn.has_rep_prefix() || insn.has_repne_prefix();
     let backward = cpu.rflags & fl::DF != 0;
     let step = if backward { size.wrapping_neg() } else { size };
-    let source = if insn.segment_prefix() == Register::None {
-        crate::cpu::DS
-    } else {
-        segment_index(insn.segment_prefix())
-    };
+    let source = data_segment(insn);
     let mut left = if repeated { cpu.gpr[RCX] & cut } else { 1 };
     if matches!(what, What::Ins | What::Outs) {
         crate::slow::check_port(cpu, cpu.gpr[RDX] as u16, size as u8)?;
@@ -162,14 +158,15 @@ fn one(
             cpu.set_sized(RAX, log2, value);
         }
         What::Scas | What::Cmps => {
+            // The second operand first: where both fault, that one is reported.
+            let to = cpu.segment_linear(ES, di, size, false)?;
+            let b = cpu.read_sized(to, log2)?;
             let a = if what == What::Cmps {
                 let from = cpu.segment_linear(source, si, size, false)?;
                 cpu.read_sized(from, log2)?
             } else {
                 cpu.gpr[RAX]
             };
-            let to = cpu.segment_linear(ES, di, size, false)?;
-            let b = cpu.read_sized(to, log2)?;
             cpu.lazy = binary(Alu::Sub, log2, a, b, false).1;
             let equal = cpu.lazy.zf();
             return Ok(insn.has_repne_prefix() && equal

@@ -2,13 +2,13 @@
 #![allow(unsafe_code, reason = "ops are reached by raw pointer")]
 #![allow(clippy::cast_possible_truncation, reason = "operands are cut to their size")]
 
-use iced_x86::{Instruction, Register};
+use iced_x86::Instruction;
 use tenon_soft_fp::{Flags, FpFault, FpOp, Gpr, Kind, Mem};
 
 use super::{fault, next};
 use crate::block::{Block, Op};
 use crate::cpu::{Cpu, Fault, RDI, RIP, cr0, cr4, vec};
-use crate::operand::segment_index;
+use crate::operand::data_segment;
 
 /// An instruction as the floating-point crate and the engine know it.
 #[derive(Clone, Copy)]
@@ -54,7 +54,7 @@ fn execute(cpu: &mut Cpu, fp: &Fp) -> Result<(), Fault> {
     if op.waits && cpu.fx.pending() {
         return Err(Fault::plain(vec::MF));
     }
-    let (length, read, write) = match op.mem {
+    let (length, reads, writes) = match op.mem {
         Mem::None => (0, false, false),
         Mem::Read(n) => (n, true, false),
         Mem::Write(n) | Mem::Masked(n) => (n, false, true),
@@ -64,8 +64,7 @@ fn execute(cpu: &mut Cpu, fp: &Fp) -> Result<(), Fault> {
     if length != 0 {
         let size = u64::from(length);
         linear = if op.at_di {
-            let segment = insn.segment_prefix();
-            let segment = if segment == Register::None { crate::cpu::DS } else { segment_index(segment) };
+            let segment = data_segment(insn);
             let width = insn.op_kind(0);
             let di = match width {
                 iced_x86::OpKind::MemorySegDI => cpu.gpr[RDI] & 0xffff,
@@ -74,20 +73,20 @@ fn execute(cpu: &mut Cpu, fp: &Fp) -> Result<(), Fault> {
             };
             cpu.segment_linear(segment, di, size, true)?
         } else {
-            cpu.operand_linear(insn, size, write)?
+            // Alignment is looked at before the address.
+            let misaligned = op.align > 1 && cpu.offset(insn) & (u64::from(op.align) - 1) != 0;
+            cpu.operand_linear(insn, size, writes)
+                .map_err(|fault| if misaligned { Fault::gp(0) } else { fault })?
         };
         if linear & (u64::from(op.align) - 1) != 0 {
             return Err(Fault::gp(0));
         }
-        if read {
-            let mut bytes = [0u8; 512];
-            let bytes = &mut bytes[..size as usize];
-            cpu.read_bytes(linear, bytes)?;
-            cpu.operands.mem[..bytes.len()].copy_from_slice(bytes);
-        }
-        if write {
+        if writes {
             let user = cpu.cpl == 3;
             cpu.probe_write_as(linear, size, user)?;
+        }
+        if reads {
+            read(cpu, linear, length)?;
         }
     }
     cpu.operands.dst = op.dst;
@@ -114,9 +113,8 @@ fn execute(cpu: &mut Cpu, fp: &Fp) -> Result<(), Fault> {
                 cpu.write::<u8>(linear.wrapping_add(byte), value)?;
             }
         }
-    } else if write && stored {
-        let mem = cpu.operands.mem;
-        cpu.write_bytes(linear, &mem[..usize::from(length)])?;
+    } else if writes && stored {
+        write_back(cpu, linear, length)?;
     }
     if let Gpr::Out(register) = op.gpr {
         cpu.set_reg(register, cpu.operands.gpr);
@@ -125,4 +123,48 @@ fn execute(cpu: &mut Cpu, fp: &Fp) -> Result<(), Fault> {
         cpu.set_arith(cpu.operands.flags);
     }
     Ok(())
+}
+
+/// Reads the memory operand into the scratch.
+fn read(cpu: &mut Cpu, linear: u64, length: u16) -> Result<(), Fault> {
+    match length {
+        4 => {
+            let value = cpu.read::<u32>(linear)?;
+            cpu.operands.mem[..4].copy_from_slice(&value.to_le_bytes());
+        }
+        8 | 16 => {
+            let low = cpu.read::<u64>(linear)?;
+            cpu.operands.mem[..8].copy_from_slice(&low.to_le_bytes());
+            if length == 16 {
+                let high = cpu.read::<u64>(linear.wrapping_add(8))?;
+                cpu.operands.mem[8..16].copy_from_slice(&high.to_le_bytes());
+            }
+        }
+        _ => {
+            let mut bytes = [0; 512];
+            let bytes = &mut bytes[..usize::from(length)];
+            cpu.read_bytes(linear, bytes)?;
+            cpu.operands.mem[..bytes.len()].copy_from_slice(bytes);
+        }
+    }
+    Ok(())
+}
+
+/// Writes the scratch to the memory operand, which has been probed.
+fn write_back(cpu: &mut Cpu, linear: u64, length: u16) -> Result<(), Fault> {
+    let mem = &cpu.operands.mem;
+    let word = |at: usize| u64::from_le_bytes(std::array::from_fn(|n| mem[at + n]));
+    let (low, high) = (word(0), word(8));
+    match length {
+        4 => cpu.write::<u32>(linear, low as u32),
+        8 => cpu.write::<u64>(linear, low),
+        16 => {
+            cpu.write::<u64>(linear, low)?;
+            cpu.write::<u64>(linear.wrapping_add(8), high)
+        }
+        _ => {
+            let mem = cpu.operands.mem;
+            cpu.write_bytes(linear, &mem[..usize::from(length)])
+        }
+    }
 }

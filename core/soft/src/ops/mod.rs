@@ -6,14 +6,16 @@
 #![allow(unsafe_code, reason = "ops are reached by raw pointer: the next one follows in the arena")]
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "operands are cut to their size")]
 
+pub(crate) mod flow;
 mod fp;
+pub(crate) mod int;
 
 pub(crate) use fp::{Fp, fp};
 
 use iced_x86::Instruction;
 
 use crate::block::{Block, Op};
-use crate::cpu::{Cpu, Fault, RIP, mode};
+use crate::cpu::{Cpu, Fault, RIP, SS, mode};
 use crate::exec::{ATTEND, FAULT, LOOK_UP};
 use crate::{slow, string};
 
@@ -59,7 +61,13 @@ unsafe fn leave(cpu: &mut Cpu, op: *const Op, exit: u8) -> *mut Block {
 #[inline(never)]
 pub(crate) unsafe fn fault(cpu: &mut Cpu, op: *const Op) -> *mut Block {
     // SAFETY: the caller's.
-    unsafe { leave(cpu, op, FAULT) }
+    unsafe {
+        // A non-canonical address in the stack segment.
+        if (*op).seg == SS as u8 && cpu.fault == Fault::gp(0) {
+            cpu.fault = Fault::ss(0);
+        }
+        leave(cpu, op, FAULT)
+    }
 }
 
 /// Takes the place of the ops of a block whose code has been overwritten.

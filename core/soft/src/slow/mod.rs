@@ -161,7 +161,13 @@ pub(crate) fn execute(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Fault> {
             let log2 = size_of_operand(insn, 0);
             let new = cpu.reg(insn.op1_register());
             let expected = cpu.gpr[RAX] & mask(log2);
-            // A comparison that fails writes too: what was there.
+            // A comparison that fails writes too: what was there. (On AMD not to a register, of which 32 bits would clear the rest.)
+            if insn.op0_kind() == OpKind::Register && cpu.reg(insn.op0_register()) != expected {
+                let old = cpu.reg(insn.op0_register());
+                cpu.lazy = alu::binary(Alu::Sub, log2, expected, old, false).1;
+                cpu.set_sized(RAX, log2, old);
+                return Ok(());
+            }
             let old = cpu.modify(insn, 0, insn.has_lock_prefix(), |old| {
                 (if old == expected { new } else { old }, old)
             })?;
@@ -560,7 +566,7 @@ fn bit_test(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Fault> {
             4 => offset &= 0xffff_ffff,
             _ => {}
         }
-        let segment = crate::operand::segment_index(insn.memory_segment());
+        let segment = crate::operand::data_segment(insn);
         let linear = cpu.segment_linear(segment, offset, 1 << log2, !read_only)?;
         if read_only {
             change(cpu.read_sized(linear, log2)?).1

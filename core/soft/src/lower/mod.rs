@@ -1,29 +1,48 @@
 //! From decoded instructions to ops: picks the handler.
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "operands are cut to their size")]
 
+mod fast;
+
 use std::collections::BTreeSet;
 use std::sync::Mutex;
 
 use iced_x86::{FlowControl, Instruction, Mnemonic, OpKind};
 
-use crate::block::{BlockCache, Op};
-use crate::ops::{self, nothing};
+use crate::block::{BlockCache, Op, Run};
+use crate::cpu::mode;
+use crate::ops::{self, flow, nothing};
 use crate::{slow, string};
 
 /// An op, and whether its block ends with it.
 pub(crate) struct Lowered {
-    pub(crate) op: Op,
+    /// None: the instruction does nothing.
+    pub(crate) op: Option<Op>,
     pub(crate) ends: bool,
+    /// What the op before becomes.
+    pub(crate) fuse: Option<Run>,
 }
 
 /// What is known of the block that is being made.
 pub(crate) struct Context {
+    long: bool,
     branched: bool,
+    /// The last instruction is a direct branch.
+    direct: bool,
+    /// What the last instruction to write the flags left: a constant of [`flow`].
+    kind: u8,
+    /// The comparison right before.
+    compared: Option<fast::Comparison>,
 }
 
 impl Context {
-    pub(crate) fn new(_mode: u32) -> Self {
-        Self { branched: false }
+    pub(crate) fn new(bits: u32) -> Self {
+        Self {
+            long: bits & mode::CODE == mode::CODE64,
+            branched: false,
+            direct: false,
+            kind: flow::ANY,
+            compared: None,
+        }
     }
 
     /// Whether the last instruction says itself where to go on.
@@ -31,32 +50,60 @@ impl Context {
         self.branched
     }
 
+    /// Lets the last op be linked to blocks in its own page, if it is a direct branch. `offset` is the block's in the page.
+    pub(crate) fn allow_links(&self, op: &mut Op, offset: u64) {
+        if self.direct {
+            fast::allow_links(op, offset);
+        }
+    }
+
     /// Makes an op of the next instruction.
     pub(crate) fn lower(&mut self, cache: &mut BlockCache, insn: &Instruction) -> Lowered {
+        let mut fuse = None;
+        let (op, ends) = self.pick(cache, insn, &mut fuse);
+        fast::note_flags(self, insn);
+        Lowered { op, ends, fuse }
+    }
+
+    fn pick(
+        &mut self,
+        cache: &mut BlockCache,
+        insn: &Instruction,
+        fuse: &mut Option<Run>,
+    ) -> (Option<Op>, bool) {
         if insn.is_invalid() {
             self.branched = true;
-            return Lowered { op: Op { run: ops::undefined, ..nothing() }, ends: true };
+            return (Some(Op { run: ops::undefined, ..nothing() }), true);
         }
+        if fast::is_nothing(insn) {
+            return (None, false);
+        }
+        if self.long
+            && let Some(op) = fast::lower(self, insn, fuse)
+        {
+            return (Some(op), self.branched);
+        }
+        self.compared = None;
         if string::knows(insn) {
             let imm = cache.keep(*insn);
-            return Lowered { op: Op { run: ops::strings, imm, ..nothing() }, ends: string::is_io(insn) };
+            return (Some(Op { run: ops::strings, imm, ..nothing() }), string::is_io(insn));
         }
         if ends(insn) {
             self.branched = true;
             let imm = cache.keep(*insn);
-            return Lowered { op: Op { run: ops::last, imm, ..nothing() }, ends: true };
+            return (Some(Op { run: ops::last, imm, ..nothing() }), true);
         }
         if slow::knows(insn) {
             let imm = cache.keep(*insn);
-            return Lowered { op: Op { run: ops::plain, imm, ..nothing() }, ends: false };
+            return (Some(Op { run: ops::plain, imm, ..nothing() }), false);
         }
         if let Some(op) = tenon_soft_fp::lower(insn) {
             let imm = cache.keep(ops::Fp { op, insn: *insn });
-            return Lowered { op: Op { run: ops::fp, imm, ..nothing() }, ends: false };
+            return (Some(Op { run: ops::fp, imm, ..nothing() }), false);
         }
         self.branched = true;
         let imm = cache.keep(*insn);
-        Lowered { op: Op { run: ops::unknown, imm, ..nothing() }, ends: true }
+        (Some(Op { run: ops::unknown, imm, ..nothing() }), true)
     }
 }
 
@@ -134,9 +181,6 @@ fn ends(insn: &Instruction) -> bool {
         _ => false,
     }
 }
-
-/// Lets a direct branch be linked to targets in its own page.
-pub(crate) fn allow_links(_op: &mut Op, _offset: u64, _length: u64) {}
 
 /// Notes an instruction that the engine does not have: once each in the log.
 pub(crate) fn say_unknown(mnemonic: Mnemonic, rip: u64) {
