@@ -1,1 +1,41 @@
-//! Drive a Tenon plugin without a VM.
+//! Drive a Tenon plugin without a VM, in the vendor's own `cargo test`.
+//!
+//! A [`Bench`] is the machine around one device: the test reads and writes registers as a guest would, moves the clock, pushes bytes into
+//! channels, and looks at lines and output. Time is the test's: it stands still but for [`Bench::advance`], and then timers fire in the order of
+//! their deadlines, each at its own time. A [`LoadBench`] is the same for a personality: memory and images in, memory and first vCPU out.
+//!
+//! [`conformance`] checks in one call what every host relies on. A plugin's tests should begin with it:
+//!
+//! ```
+//! # use tenon_sdk::device::{Attachment, Config, Decoder, Description, Device, Encoder, Result};
+//! # struct Scratch(u8);
+//! # impl Device for Scratch {
+//! #     fn describe(_: &Config) -> Result<Description> { Ok(Description::new().pio("scratch", 0x80, 1)) }
+//! #     fn start(_: &Config, _: Attachment) -> Result<Self> { Ok(Self(0)) }
+//! #     fn read(&mut self, _: u32, _: u64, _: u8) -> u64 { self.0.into() }
+//! #     fn write(&mut self, _: u32, _: u64, _: u8, value: u64) { self.0 = value.to_le_bytes()[0] }
+//! #     fn reset(&mut self) { self.0 = 0 }
+//! #     fn save(&self, state: &mut Encoder) -> Result<()> { state.u8(self.0); Ok(()) }
+//! #     fn restore(&mut self, state: &mut Decoder<'_>) -> Result<()> { self.0 = state.u8()?; Ok(()) }
+//! # }
+//! use tenon_testkit::Bench;
+//!
+//! tenon_testkit::conformance::<Scratch>(&[]);
+//!
+//! let mut bench = Bench::<Scratch>::new(&[]).unwrap();
+//! bench.write(0, 0, 1, 0x5a);
+//! bench.round_trip();
+//! assert_eq!(bench.read(0, 0, 1), 0x5a);
+//! ```
+//!
+//! What is wrong with the test itself, such as an access outside the device's regions, panics.
+
+mod bench;
+mod conformance;
+mod load;
+mod outside;
+
+pub use bench::{Bench, ChannelEnd};
+pub use conformance::conformance;
+pub use load::{LoadBench, Loaded};
+pub use outside::LineState;
