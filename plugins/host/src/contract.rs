@@ -1,0 +1,213 @@
+//! Whether a component keeps to the contract and to its manifest: what it imports, what it exports, and at which versions.
+//!
+//! An imported interface that only lends its types (a device's `attachment` names `timer`, `line` and `channel` in any case) is no permission; one of
+//! whose functions the component can call is. The functions that this version offers are listed here, so that a refusal can name the missing one; that
+//! their types fit is checked by linking.
+
+use wasmtime::Engine;
+use wasmtime::component::Component;
+use wasmtime::component::types::{ComponentInstance, ComponentItem};
+
+use crate::manifest::{HOST_API, Kind, Manifest, Version};
+
+/// Interfaces and the functions that they offer.
+type Offer = &'static [(&'static str, &'static [&'static str])];
+
+const DEVICE: Offer = &[
+    ("types", &[]),
+    ("log", &["log"]),
+    ("time", &["now", "[method]timer.arm", "[method]timer.arm-periodic", "[method]timer.cancel"]),
+    ("wall-clock", &["now"]),
+    ("interrupts", &["[method]line.set-level", "[method]line.pulse"]),
+    ("channels", &["[method]channel.write", "[method]channel.read"]),
+    ("machine-control", &["ask"]),
+];
+
+const PERSONALITY: Offer = &[
+    ("types", &[]),
+    ("log", &["log"]),
+    ("images", &["[method]image.role", "[method]image.size", "[method]image.read"]),
+    ("guest-memory", &["[method]memory.write", "[method]memory.copy-image"]),
+];
+
+impl Kind {
+    fn package(self) -> &'static str {
+        match self {
+            Self::Device => "tenon:device",
+            Self::Personality => "tenon:personality",
+        }
+    }
+
+    fn interface(self) -> &'static str {
+        match self {
+            Self::Device => "device",
+            Self::Personality => "personality",
+        }
+    }
+
+    fn offer(self) -> Offer {
+        match self {
+            Self::Device => DEVICE,
+            Self::Personality => PERSONALITY,
+        }
+    }
+}
+
+/// A component that does not fit.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Misfit {
+    /// The manifest's `api` is of another line.
+    #[error("it was built for api {wanted}, and this host offers {HOST_API}; {}", remedy(*wanted))]
+    Api {
+        /// What the manifest says.
+        wanted: Version,
+    },
+    /// It needs something that is not part of the contract.
+    #[error("it imports `{import}`, which no {kind} gets; there are {offered}")]
+    UnknownImport {
+        /// The import.
+        import: String,
+        /// The plugin's kind.
+        kind: Kind,
+        /// The interfaces there are.
+        offered: String,
+    },
+    /// It needs an interface at another line of versions.
+    #[error("it imports `{import}`, and this host offers version {HOST_API}; {}", remedy(*wanted))]
+    ImportVersion {
+        /// The import, with its version.
+        import: String,
+        /// That version.
+        wanted: Version,
+    },
+    /// It needs a function that this version of the interface does not have.
+    #[error(
+        "it imports the function `{function}` of `{import}`, which this host's version {HOST_API} does not have; it has {offered}"
+    )]
+    UnknownFunction {
+        /// The function.
+        function: String,
+        /// The import, with its version.
+        import: String,
+        /// The functions there are.
+        offered: String,
+    },
+    /// It calls an interface that its manifest does not ask for.
+    #[error(
+        "it calls `{interface}`, which its plugin.toml does not ask for (permissions.imports has {permitted})"
+    )]
+    NotPermitted {
+        /// The interface.
+        interface: String,
+        /// What the manifest asks for.
+        permitted: String,
+    },
+    /// It does not do what its kind does.
+    #[error("it does not export `{wanted}`, so it is no {kind}; it exports {found}")]
+    NoExport {
+        /// The interface.
+        wanted: String,
+        /// The manifest's kind.
+        kind: Kind,
+        /// What it exports.
+        found: String,
+    },
+    /// Its types are not those of the contract.
+    #[error("its types are not those of the contract: {0}")]
+    Types(String),
+}
+
+fn remedy(wanted: Version) -> &'static str {
+    if wanted > HOST_API { "use a newer Tenon" } else { "build it with a newer SDK" }
+}
+
+/// What a component can call: interface and functions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Import {
+    /// The interface, such as `tenon:device/time@0.1.0`.
+    pub interface: String,
+    /// The functions that it can call; none if it uses types only.
+    pub functions: Vec<String>,
+}
+
+/// Checks a component against its manifest and gives its imports.
+pub(crate) fn check(
+    engine: &Engine,
+    component: &Component,
+    manifest: &Manifest,
+) -> Result<Vec<Import>, Misfit> {
+    check_api(manifest)?;
+    let kind = manifest.kind;
+    let ty = component.component_type();
+    let mut imports = Vec::new();
+    for (name, item) in ty.imports(engine) {
+        let unknown = || Misfit::UnknownImport {
+            import: name.to_owned(),
+            kind,
+            offered: list(
+                kind.offer().iter().map(|(interface, _)| format!("{}/{interface}", kind.package())),
+            ),
+        };
+        let (interface, wanted) = parse(name, kind.package()).ok_or_else(unknown)?;
+        let (_, offered) =
+            kind.offer().iter().find(|(offered, _)| *offered == interface).ok_or_else(unknown)?;
+        if !HOST_API.runs(wanted) {
+            return Err(Misfit::ImportVersion { import: name.to_owned(), wanted });
+        }
+        let ComponentItem::ComponentInstance(instance) = item.ty else { return Err(unknown()) };
+        let functions = functions(engine, &instance);
+        if let Some(function) = functions.iter().find(|function| !offered.contains(&function.as_str())) {
+            return Err(Misfit::UnknownFunction {
+                function: function.clone(),
+                import: name.to_owned(),
+                offered: list(offered.iter().map(|function| (*function).to_owned())),
+            });
+        }
+        if !functions.is_empty() && !manifest.permissions.contains(interface) {
+            return Err(Misfit::NotPermitted {
+                interface: interface.to_owned(),
+                permitted: list(manifest.permissions.iter().cloned()),
+            });
+        }
+        imports.push(Import { interface: name.to_owned(), functions });
+    }
+    let exports: Vec<String> = ty.exports(engine).map(|(name, _)| name.to_owned()).collect();
+    let exported = exports.iter().find_map(|name| {
+        parse(name, kind.package())
+            .filter(|(interface, _)| *interface == kind.interface())
+            .map(|(_, v)| (name, v))
+    });
+    match exported {
+        Some((_, version)) if HOST_API.runs(version) => Ok(imports),
+        Some((name, wanted)) => Err(Misfit::ImportVersion { import: name.clone(), wanted }),
+        None => Err(Misfit::NoExport {
+            wanted: format!("{}/{}@{HOST_API}", kind.package(), kind.interface()),
+            kind,
+            found: list(exports.into_iter()),
+        }),
+    }
+}
+
+/// Checks the version that the manifest names.
+pub(crate) fn check_api(manifest: &Manifest) -> Result<(), Misfit> {
+    if HOST_API.runs(manifest.api) { Ok(()) } else { Err(Misfit::Api { wanted: manifest.api }) }
+}
+
+/// Interface and version of `package/interface@version`.
+fn parse<'a>(name: &'a str, package: &str) -> Option<(&'a str, Version)> {
+    let (interface, version) = name.strip_prefix(package)?.strip_prefix('/')?.split_once('@')?;
+    Some((interface, version.parse().ok()?))
+}
+
+fn functions(engine: &Engine, instance: &ComponentInstance) -> Vec<String> {
+    instance
+        .exports(engine)
+        .filter(|(_, item)| matches!(item.ty, ComponentItem::ComponentFunc(_)))
+        .map(|(name, _)| name.to_owned())
+        .collect()
+}
+
+fn list(items: impl Iterator<Item = String>) -> String {
+    let items: Vec<String> = items.collect();
+    if items.is_empty() { "none".into() } else { format!("`{}`", items.join("`, `")) }
+}
