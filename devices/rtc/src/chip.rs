@@ -26,7 +26,6 @@ const A_DIVIDER_RUNS: u8 = 0x20;
 const A_RATE: u8 = 0x0f;
 const B_SET: u8 = 1 << 7;
 const B_UPDATE_INTERRUPT: u8 = 1 << 4;
-const B_SQUARE_WAVE: u8 = 1 << 3;
 const B_BINARY: u8 = 1 << 2;
 const B_24_HOURS: u8 = 1 << 1;
 /// Enable bits in register B and flags in register C have the same places.
@@ -46,6 +45,8 @@ const SECOND: i128 = 1_000_000_000;
 /// The last 244 µs before an update and the 1,984 µs that it takes on a 32.768 kHz crystal.
 const UPDATE: i128 = 2_228_000;
 const CRYSTAL: u128 = 32_768;
+/// Times that exist, in seconds: more than ten thousand years before and after 1970.
+const SECONDS: std::ops::RangeInclusive<i64> = -(1 << 40)..=1 << 40;
 
 /// Both clocks at one moment.
 #[derive(Clone, Copy, Debug)]
@@ -81,7 +82,7 @@ pub(crate) struct Chip {
 }
 
 impl Chip {
-    /// A chip whose battery was never out, set to the host's UTC.
+    /// A chip with a new battery, set to the host's UTC.
     pub(crate) fn new(now: Now) -> Self {
         let mut chip = Self {
             // 1,024 Hz.
@@ -95,13 +96,6 @@ impl Chip {
         };
         chip.looked.1 = chip.seconds(now);
         chip
-    }
-
-    /// The reset pin: interrupts go off, the battery keeps all the rest.
-    pub(crate) fn reset(&mut self, now: Now) {
-        self.advance(now);
-        self.b &= !(FLAGS | B_SQUARE_WAVE);
-        self.flags = 0;
     }
 
     /// The guest reads a register.
@@ -168,24 +162,24 @@ impl Chip {
         self.flags & self.b & FLAGS != 0
     }
 
-    /// When on the machine's clock an enabled interrupt is due that is not pending yet. Call it after [`Chip::advance`].
+    /// When on the machine's clock an enabled interrupt is due that is not pending yet: the first one after the last look, which may have
+    /// passed. It follows from the state, so that a restored chip waits for the same moment.
     pub(crate) fn next_event(&self, now: Now) -> Option<u64> {
         let wanted = |flag| self.b & flag != 0 && self.flags & flag == 0;
         let periodic = self.period().filter(|_| wanted(PERIODIC)).map(|period| {
-            let tick = (ticks(now.machine) / period + 1) * period;
+            let tick = (ticks(self.looked.0) / period + 1) * period;
             u64::try_from((tick * 1_000_000_000).div_ceil(CRYSTAL)).unwrap_or(u64::MAX)
         });
         let Time::Running(offset) = self.time else {
             return periodic;
         };
-        let nanoseconds = i128::from(now.wall) + offset;
-        let due = |second: i64| {
-            let wait = (i128::from(second) * SECOND - nanoseconds).max(0);
-            now.machine.saturating_add(u64::try_from(wait).unwrap_or(u64::MAX))
-        };
-        let seconds = self.seconds(now);
-        let update = wanted(UPDATED).then(|| due(seconds + 1));
-        let alarm = if wanted(ALARM) { self.next_alarm(seconds).map(due) } else { None };
+        // Both clocks run alike: what is a second after midnight on one is as long after its own midnight on the other.
+        let ahead = i128::from(now.machine) - (i128::from(now.wall) + offset);
+        let due =
+            |second: i64| u64::try_from((i128::from(second) * SECOND + ahead).max(0)).unwrap_or(u64::MAX);
+        let second = self.looked.1;
+        let update = wanted(UPDATED).then(|| due(second + 1));
+        let alarm = if wanted(ALARM) { self.next_alarm(second).map(due) } else { None };
         [periodic, update, alarm].into_iter().flatten().min()
     }
 
@@ -359,7 +353,7 @@ impl Chip {
     /// Reads a state.
     pub(crate) fn restore(state: &mut Decoder<'_>) -> Result<Self> {
         let [a, b, flags] = state.array()?;
-        Ok(Self {
+        let chip = Self {
             a: a & !A_UPDATE_IN_PROGRESS,
             b,
             flags: flags & FLAGS,
@@ -372,9 +366,13 @@ impl Chip {
                 let year = state.u16()?.min(9999);
                 let [month, day, hour, minute, second] = state.array()?;
                 let date = Date { year, month, day, hour, minute, second };
-                Time::Held { date, phase: restore_offset(state)?.rem_euclid(SECOND) }
+                Time::Held { date, phase: restore_offset(state)? }
             },
-        })
+        };
+        if !SECONDS.contains(&chip.looked.1) {
+            return Err(state.invalid("the clock was looked at in a time that does not exist"));
+        }
+        Ok(chip)
     }
 }
 
@@ -390,11 +388,9 @@ fn save_offset(state: &mut Encoder, offset: i128) {
 }
 
 fn restore_offset(state: &mut Decoder<'_>) -> Result<i128> {
-    /// More than ten thousand years.
-    const MOST: i64 = 1 << 40;
     let seconds = state.i64()?;
     let nanoseconds = state.u32()?;
-    if !(-MOST..=MOST).contains(&seconds) || i128::from(nanoseconds) >= SECOND {
+    if !SECONDS.contains(&seconds) || i128::from(nanoseconds) >= SECOND {
         return Err(state.invalid("the clock is set to a time that does not exist"));
     }
     Ok(i128::from(seconds) * SECOND + i128::from(nanoseconds))

@@ -5,7 +5,7 @@
 //!   that is enabled and not pending, and flags are computed when they are read.
 //! - The update-in-progress bit is set in the last 2.2 ms of each second, and never while the guest sets the clock. The time is the same whenever
 //!   it is read, so reading it then does no harm.
-//! - 114 bytes of CMOS RAM less the century. A reset keeps them and the time, as the battery does.
+//! - 114 bytes of CMOS RAM less the century. They and the time that the guest set last until the machine is reset, as with a new battery.
 //!
 //! Not there: daylight saving (the bit is kept and does nothing), the square-wave output, and what a PC's firmware stores in the RAM.
 
@@ -93,7 +93,7 @@ impl Device for Rtc {
 
     fn reset(&mut self) {
         let now = moment();
-        self.chip.reset(now);
+        self.chip = Chip::new(now);
         self.index = 0;
         self.drive(now);
     }
@@ -107,9 +107,7 @@ impl Device for Rtc {
     fn restore(&mut self, state: &mut Decoder<'_>) -> Result<()> {
         self.index = state.u8()? & 0x7f;
         self.chip = Chip::restore(state)?;
-        let now = moment();
-        self.chip.advance(now);
-        self.drive(now);
+        self.drive(moment());
         Ok(())
     }
 }

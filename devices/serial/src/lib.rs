@@ -70,7 +70,7 @@ impl Device for Serial {
         for byte in 0..u64::from(size) {
             let register = offset + byte;
             value |= u64::from(self.uart.read(register)) << (8 * byte);
-            if register == uart::DATA && self.uart.drained() {
+            if register == uart::DATA {
                 self.refill();
             }
         }

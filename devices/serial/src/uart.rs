@@ -177,11 +177,6 @@ impl Uart {
         if self.mcr & (MCR_RTS | MCR_LOOPBACK) == MCR_RTS { self.depth() - self.received.len() } else { 0 }
     }
 
-    /// Nothing is left to read.
-    pub(crate) fn drained(&self) -> bool {
-        self.received.is_empty()
-    }
-
     /// The level of the interrupt line. OUT2 drives the gate before it; in loopback mode all outputs are off.
     pub(crate) fn interrupt(&self) -> bool {
         self.mcr & (MCR_OUT2 | MCR_LOOPBACK) == MCR_OUT2 && self.identification() != IIR_NONE

@@ -3,9 +3,10 @@
 
 mod support;
 
-use support::{Bench, BzImage, MIB};
+use support::{BzImage, Look, MIB};
 use tenon_personality_linux::Linux;
 use tenon_sdk::personality::{CpuState, Error, StopMethod};
+use tenon_testkit::{LoadBench, Loaded};
 
 const ELF: &[u8] = include_bytes!("fixtures/kernel.elf");
 /// Made with Linux's own packer commands; see `fixtures/make.py`.
@@ -20,65 +21,69 @@ const PAYLOADS: [(&str, &[u8]); 5] = [
 const ELF_TEXT: usize = 0xc4;
 const LOAD: u64 = 16 * MIB;
 const PVH_ENTRY: u64 = LOAD + 0x10;
+/// The bench's machine: RAM, a hole from 640 KiB to 1 MiB with the root pointer in it, RAM.
+const RSDP: u64 = 0xe_0000;
+const RANGES: usize = 3;
 
 /// The kernel lies in memory, byte for byte.
-fn assert_loaded(bench: &Bench) {
-    assert!(bench.bytes(LOAD, ELF.len() - ELF_TEXT) == ELF[ELF_TEXT..]);
+fn assert_loaded(guest: &Loaded) {
+    assert!(guest.memory(LOAD, ELF.len() - ELF_TEXT) == ELF[ELF_TEXT..]);
 }
 
-fn refusal(bench: &Bench) -> Error {
-    bench.load::<Linux>().expect_err("this must be refused")
+fn refusal(bench: &LoadBench) -> Error {
+    bench.load::<Linux>().err().expect("this must be refused")
 }
 
 #[test]
 fn every_packing_leads_to_the_same_kernel_entered_by_pvh() {
     for (packing, payload) in PAYLOADS {
-        let bench = Bench::new(64 * MIB).image("kernel", BzImage::new(payload).bytes());
-        let boot = bench.load::<Linux>().unwrap();
+        let bench = LoadBench::new(64 * MIB).image("kernel", BzImage::new(payload).bytes());
+        let guest = bench.load::<Linux>().unwrap();
+        let boot = &guest.boot;
         assert_eq!(boot.summary, format!("Linux 6.1.0-tiny (bzImage, {packing}, PVH)"));
         assert_eq!(boot.stop, StopMethod::PowerButton);
-        assert_loaded(&bench);
+        assert_loaded(&guest);
     }
 }
 
 #[test]
 fn a_bare_elf_kernel_is_loaded_without_passing_through_the_plugin_and_shows_its_banner() {
-    let bench = Bench::new(64 * MIB).image("kernel", ELF);
-    let boot = bench.load::<Linux>().unwrap();
+    let bench = LoadBench::new(64 * MIB).image("kernel", ELF);
+    let guest = bench.load::<Linux>().unwrap();
+    let boot = &guest.boot;
     assert_eq!(boot.summary, "Linux 6.1.0-tiny (ELF, PVH)");
-    assert_loaded(&bench);
+    assert_loaded(&guest);
 }
 
 #[test]
 fn pvh_finds_command_line_initrd_memory_map_and_root_pointer() {
-    let bench = Bench::new(64 * MIB)
+    let bench = LoadBench::new(64 * MIB)
         .image("initrd", *b"0707012345")
         .image("kernel", ELF)
         .option("cmdline", "console=ttyS0 quiet");
-    let vcpu = bench.load::<Linux>().unwrap().vcpu;
-    let start = vcpu.general[CpuState::RBX];
-    assert_eq!((bench.u32(start), bench.u32(start + 4), bench.u32(start + 8)), (0x336e_c578, 1, 0));
-    assert_eq!(bench.text(bench.u64(start + 24)), "console=ttyS0 quiet");
-    assert_eq!(bench.u64(start + 32), bench.machine.rsdp.unwrap());
+    let guest = bench.load::<Linux>().unwrap();
+    let start = guest.boot.vcpu.general[CpuState::RBX];
+    assert_eq!((guest.u32(start), guest.u32(start + 4), guest.u32(start + 8)), (0x336e_c578, 1, 0));
+    assert_eq!(guest.text(guest.u64(start + 24)), "console=ttyS0 quiet");
+    assert_eq!(guest.u64(start + 32), RSDP);
 
-    assert_eq!(bench.u32(start + 12), 1, "one module");
-    let module = bench.u64(start + 16);
-    let (address, size) = (bench.u64(module), bench.u64(module + 8));
+    assert_eq!(guest.u32(start + 12), 1, "one module");
+    let module = guest.u64(start + 16);
+    let (address, size) = (guest.u64(module), guest.u64(module + 8));
     assert_eq!(size, 10);
-    // The highest page of RAM: the ACPI tables take the last 64 KiB.
-    assert_eq!(address, 64 * MIB - 0x1_1000);
-    assert_eq!(bench.bytes(address, 10), b"0707012345");
+    assert_eq!(address, 64 * MIB - 0x1000, "the highest page of RAM");
+    assert_eq!(guest.memory(address, 10), b"0707012345");
 
-    let map = bench.u64(start + 40);
-    assert_eq!(bench.u32(start + 48) as usize, bench.machine.memory.len());
-    let kinds: Vec<u32> = (0..4).map(|index| bench.u32(map + 24 * index + 16)).collect();
-    assert_eq!(kinds, [1, 2, 1, 3]);
-    assert_eq!((bench.u64(map + 48), bench.u64(map + 56)), (MIB, 63 * MIB - 0x1_0000));
+    let map = guest.u64(start + 40);
+    assert_eq!(guest.u32(start + 48) as usize, RANGES);
+    let kinds: Vec<u32> = (0..3).map(|index| guest.u32(map + 24 * index + 16)).collect();
+    assert_eq!(kinds, [1, 2, 1]);
+    assert_eq!((guest.u64(map + 48), guest.u64(map + 56)), (MIB, 63 * MIB));
 }
 
 #[test]
 fn pvh_begins_in_flat_protected_mode_without_paging() {
-    let vcpu = Bench::new(64 * MIB).image("kernel", ELF).load::<Linux>().unwrap().vcpu;
+    let vcpu = LoadBench::new(64 * MIB).image("kernel", ELF).load::<Linux>().unwrap().boot.vcpu;
     assert_eq!(vcpu.rip, PVH_ENTRY);
     assert_eq!((vcpu.cr0, vcpu.cr4, vcpu.efer), (0x11, 0, 0));
     assert_eq!((vcpu.cs.base, vcpu.cs.limit, vcpu.cs.rights), (0, u32::MAX, 0xc09b));
@@ -90,20 +95,23 @@ fn pvh_begins_in_flat_protected_mode_without_paging() {
 }
 
 /// What both of Linux's own protocols give the kernel, at `zero_page`.
-fn assert_zero_page(bench: &Bench, zero_page: u64) {
-    assert_eq!(bench.bytes(zero_page + 0x202, 4), b"HdrS");
-    assert_eq!(bench.u8(zero_page + 0x210), 0xff, "a loader without a number");
-    assert_eq!(bench.text(bench.u32(zero_page + 0x228).into()), "root=/dev/vda");
-    assert_eq!((bench.u32(zero_page + 0x218), bench.u32(zero_page + 0x21c)), (64 * MIB as u32 - 0x1_1000, 4));
-    assert_eq!((bench.u32(zero_page + 0x0c0), bench.u32(zero_page + 0x0c4)), (0, 0));
-    assert_eq!(bench.u64(zero_page + 0x070), bench.machine.rsdp.unwrap());
-    assert_eq!(usize::from(bench.u8(zero_page + 0x1e8)), bench.machine.memory.len());
-    assert_eq!((bench.u64(zero_page + 0x2d0 + 40), bench.u32(zero_page + 0x2d0 + 56)), (MIB, 1));
-    assert_eq!(bench.u8(zero_page + 0x1ef), 0, "the sentinel of a loader that knows what it copies");
+fn assert_zero_page(guest: &Loaded, zero_page: u64) {
+    assert_eq!(guest.memory(zero_page + 0x202, 4), b"HdrS");
+    assert_eq!(guest.u8(zero_page + 0x210), 0xff, "a loader without a number");
+    assert_eq!(guest.text(guest.u32(zero_page + 0x228).into()), "root=/dev/vda");
+    assert_eq!((guest.u32(zero_page + 0x218), guest.u32(zero_page + 0x21c)), (64 * (MIB as u32) - 0x1000, 4));
+    assert_eq!((guest.u32(zero_page + 0x0c0), guest.u32(zero_page + 0x0c4)), (0, 0));
+    assert_eq!(guest.u64(zero_page + 0x070), RSDP);
+    assert_eq!(usize::from(guest.u8(zero_page + 0x1e8)), RANGES);
+    assert_eq!((guest.u64(zero_page + 0x2d0 + 40), guest.u32(zero_page + 0x2d0 + 56)), (MIB, 1));
+    assert_eq!(guest.u8(zero_page + 0x1ef), 0, "the sentinel of a loader that knows what it copies");
 }
 
-fn with_extras(kernel: Vec<u8>) -> Bench {
-    Bench::new(64 * MIB).image("kernel", kernel).image("initrd", *b"cpio").option("cmdline", "root=/dev/vda")
+fn with_extras(kernel: Vec<u8>) -> LoadBench {
+    LoadBench::new(64 * MIB)
+        .image("kernel", kernel)
+        .image("initrd", *b"cpio")
+        .option("cmdline", "root=/dev/vda")
 }
 
 #[test]
@@ -112,27 +120,28 @@ fn an_elf_kernel_without_pvh_note_is_entered_in_long_mode_with_a_zero_page() {
     let note = kernel.windows(4).position(|word| word == b"Xen\0").unwrap();
     kernel[note] = b'Y';
     let bench = with_extras(kernel);
-    let boot = bench.load::<Linux>().unwrap();
+    let guest = bench.load::<Linux>().unwrap();
+    let boot = &guest.boot;
     assert_eq!(boot.summary, "Linux 6.1.0-tiny (ELF, 64-bit entry)");
-    assert_loaded(&bench);
+    assert_loaded(&guest);
     assert_eq!(boot.vcpu.rip, LOAD);
-    assert_zero_page(&bench, boot.vcpu.general[CpuState::RSI]);
-    assert_long_mode(&bench, &boot.vcpu);
+    assert_zero_page(&guest, boot.vcpu.general[CpuState::RSI]);
+    assert_long_mode(&guest, &boot.vcpu);
 }
 
 /// Walks the page tables for some addresses, and looks at the descriptors that the boot protocol asks for.
-fn assert_long_mode(bench: &Bench, vcpu: &CpuState) {
+fn assert_long_mode(guest: &Loaded, vcpu: &CpuState) {
     assert_eq!((vcpu.cr0 & 0x8000_0001, vcpu.cr4 & 0x20, vcpu.efer & 0x500), (0x8000_0001, 0x20, 0x500));
     for address in [0, LOAD, 0x7fff_ffff_u64, 0xffff_ffff] {
-        let third = bench.u64(vcpu.cr3);
-        let second = bench.u64((third & !0xfff) + 8 * (address >> 30));
-        let first = bench.u64((second & !0xfff) + 8 * (address >> 21 & 0x1ff));
+        let third = guest.u64(vcpu.cr3);
+        let second = guest.u64((third & !0xfff) + 8 * (address >> 30));
+        let first = guest.u64((second & !0xfff) + 8 * (address >> 21 & 0x1ff));
         assert_eq!((third & 3, second & 3, first & 0x83), (3, 3, 0x83));
         assert_eq!(first & !0x1f_ffff, address & !0x1f_ffff, "mapped one to one");
     }
     assert_eq!((vcpu.cs.selector, vcpu.ds.selector), (0x10, 0x18));
-    assert_eq!(bench.u64(vcpu.gdt.base + 0x10), 0x00af_9b00_0000_ffff);
-    assert_eq!(bench.u64(vcpu.gdt.base + 0x18), 0x00cf_9300_0000_ffff);
+    assert_eq!(guest.u64(vcpu.gdt.base + 0x10), 0x00af_9b00_0000_ffff);
+    assert_eq!(guest.u64(vcpu.gdt.base + 0x18), 0x00cf_9300_0000_ffff);
     assert!(vcpu.gdt.limit >= 0x1f);
 }
 
@@ -140,36 +149,39 @@ fn assert_long_mode(bench: &Bench, vcpu: &CpuState) {
 fn a_payload_of_an_unknown_kind_is_left_to_the_guest_by_the_64_bit_entry() {
     let image = BzImage::new(b"LZO? who packs with that today").bytes();
     let bench = with_extras(image.clone());
-    let boot = bench.load::<Linux>().unwrap();
+    let guest = bench.load::<Linux>().unwrap();
+    let boot = &guest.boot;
     assert_eq!(boot.summary, "Linux 6.1.0-tiny (bzImage, 64-bit entry)");
-    assert!(bench.bytes(LOAD, image.len() - 1024) == image[1024..]);
+    assert!(guest.memory(LOAD, image.len() - 1024) == image[1024..]);
     assert_eq!(boot.vcpu.rip, LOAD + 0x200);
-    assert_zero_page(&bench, boot.vcpu.general[CpuState::RSI]);
-    assert_long_mode(&bench, &boot.vcpu);
+    assert_zero_page(&guest, boot.vcpu.general[CpuState::RSI]);
+    assert_long_mode(&guest, &boot.vcpu);
 }
 
 #[test]
 fn a_bzimage_without_64_bit_entry_is_entered_in_protected_mode() {
     let image = BzImage::new(b"LZO? who packs with that today").put(0x236, &[0, 0]).bytes();
     let bench = with_extras(image);
-    let boot = bench.load::<Linux>().unwrap();
+    let guest = bench.load::<Linux>().unwrap();
+    let boot = &guest.boot;
     assert_eq!(boot.summary, "Linux 6.1.0-tiny (bzImage, 32-bit entry)");
-    let vcpu = boot.vcpu;
+    let vcpu = &boot.vcpu;
     assert_eq!((vcpu.rip, vcpu.cr0, vcpu.efer), (LOAD, 0x11, 0));
     assert_eq!((vcpu.cs.selector, vcpu.ds.selector), (0x10, 0x18));
-    assert_eq!(bench.u64(vcpu.gdt.base + 0x10), 0x00cf_9b00_0000_ffff);
+    assert_eq!(guest.u64(vcpu.gdt.base + 0x10), 0x00cf_9b00_0000_ffff);
     for register in [CpuState::RBX, CpuState::RBP, CpuState::RDI] {
         assert_eq!(vcpu.general[register], 0, "the protocol says so");
     }
-    assert_zero_page(&bench, vcpu.general[CpuState::RSI]);
+    assert_zero_page(&guest, vcpu.general[CpuState::RSI]);
 }
 
 #[test]
 fn a_kernel_too_old_to_name_its_payload_is_loaded_at_one_mebibyte() {
     // Boot protocol 2.04 ends before the fields of relocation, payload and 64-bit entry: whatever is there means nothing.
     let image = BzImage::new(PAYLOADS[0].1).put(0x206, &0x0204_u16.to_le_bytes()).bytes();
-    let bench = Bench::new(64 * MIB).image("kernel", image);
-    let boot = bench.load::<Linux>().unwrap();
+    let bench = LoadBench::new(64 * MIB).image("kernel", image);
+    let guest = bench.load::<Linux>().unwrap();
+    let boot = &guest.boot;
     assert_eq!(boot.summary, "Linux 6.1.0-tiny (bzImage, 32-bit entry)");
     assert_eq!(boot.vcpu.rip, MIB);
 }
@@ -177,28 +189,29 @@ fn a_kernel_too_old_to_name_its_payload_is_loaded_at_one_mebibyte() {
 #[test]
 fn the_entry_can_be_chosen_and_a_missing_one_is_refused() {
     let packed = BzImage::new(PAYLOADS[3].1).bytes();
-    let bench = Bench::new(64 * MIB).image("kernel", packed.clone()).option("protocol", "linux64");
-    assert_eq!(bench.load::<Linux>().unwrap().summary, "Linux 6.1.0-tiny (bzImage, lz4, 64-bit entry)");
+    let bench = LoadBench::new(64 * MIB).image("kernel", packed.clone()).option("protocol", "linux64");
+    assert_eq!(bench.load::<Linux>().unwrap().boot.summary, "Linux 6.1.0-tiny (bzImage, lz4, 64-bit entry)");
     let unknown = BzImage::new(b"LZO? who packs with that today").bytes();
-    let bench = Bench::new(64 * MIB).image("kernel", unknown).option("protocol", "pvh");
+    let bench = LoadBench::new(64 * MIB).image("kernel", unknown).option("protocol", "pvh");
     assert!(matches!(refusal(&bench), Error::NotMine(text) if text.contains("PVH")));
-    let bench = Bench::new(64 * MIB).image("kernel", packed).option("protocol", "multiboot");
+    let bench = LoadBench::new(64 * MIB).image("kernel", packed).option("protocol", "multiboot");
     assert!(matches!(refusal(&bench), Error::Invalid(text) if text.contains("linux64")));
 }
 
 #[test]
 fn an_initrd_stays_below_what_the_kernel_reaches() {
     let image = BzImage::new(b"unknown payload").put(0x22c, &(32 * MIB as u32 - 1).to_le_bytes()).bytes();
-    let bench = Bench::new(64 * MIB).image("kernel", image).image("initrd", vec![1; 5000]);
-    let zero_page = bench.load::<Linux>().unwrap().vcpu.general[CpuState::RSI];
-    assert_eq!(u64::from(bench.u32(zero_page + 0x218)), 32 * MIB - 0x2000);
+    let bench = LoadBench::new(64 * MIB).image("kernel", image).image("initrd", vec![1; 5000]);
+    let guest = bench.load::<Linux>().unwrap();
+    let zero_page = guest.boot.vcpu.general[CpuState::RSI];
+    assert_eq!(u64::from(guest.u32(zero_page + 0x218)), 32 * MIB - 0x2000);
 }
 
 #[test]
 fn every_truncation_is_refused_and_says_so() {
     let image = BzImage::new(PAYLOADS[3].1).bytes();
     for length in (0x206..image.len() - 15).step_by(13) {
-        let bench = Bench::new(64 * MIB).image("kernel", &image[..length]);
+        let bench = LoadBench::new(64 * MIB).image("kernel", &image[..length]);
         let error = refusal(&bench);
         assert!(
             matches!(&error, Error::Corrupt(text) if text.contains("truncated") || text.contains("ends")),
@@ -206,7 +219,7 @@ fn every_truncation_is_refused_and_says_so() {
         );
     }
     for length in 4..ELF.len() {
-        let error = refusal(&Bench::new(64 * MIB).image("kernel", &ELF[..length]));
+        let error = refusal(&LoadBench::new(64 * MIB).image("kernel", &ELF[..length]));
         assert!(matches!(error, Error::Corrupt(_)), "{length}: {error}");
     }
 }
@@ -218,7 +231,7 @@ fn a_damaged_payload_is_refused_and_says_where() {
         let mut damaged = payload.to_vec();
         let length = damaged.len();
         damaged.drain(length / 2..length - 8);
-        let error = refusal(&Bench::new(64 * MIB).image("kernel", BzImage::new(&damaged).bytes()));
+        let error = refusal(&LoadBench::new(64 * MIB).image("kernel", BzImage::new(&damaged).bytes()));
         assert!(matches!(&error, Error::Corrupt(text) if text.contains(packing)), "{packing}: {error}");
     }
 }
@@ -231,7 +244,8 @@ fn no_flipped_bit_of_any_image_does_worse_than_an_error() {
         for offset in (0..image.len()).filter(|offset| !(1024..1024 + 0x400).contains(offset)) {
             let mut damaged = image.clone();
             damaged[offset] ^= 1 << (offset % 8);
-            refused += usize::from(Bench::new(32 * MIB).image("kernel", damaged).load::<Linux>().is_err());
+            refused +=
+                usize::from(LoadBench::new(32 * MIB).image("kernel", damaged).load::<Linux>().is_err());
         }
     }
     assert!(refused > 500, "the flips were felt: {refused}");
@@ -243,7 +257,7 @@ fn a_length_word_that_lies_is_noticed() {
     let end = payload.len();
     for (length, said) in [(0x7fff_ffff_u32, "512 MiB"), (2000, "should"), (100, "")] {
         payload[end - 4..].copy_from_slice(&length.to_le_bytes());
-        let error = refusal(&Bench::new(64 * MIB).image("kernel", BzImage::new(&payload).bytes()));
+        let error = refusal(&LoadBench::new(64 * MIB).image("kernel", BzImage::new(&payload).bytes()));
         assert!(matches!(&error, Error::Corrupt(text) if text.contains(said)), "{error}");
     }
 }
@@ -264,9 +278,9 @@ fn lz4_payloads_of_several_blocks_are_put_together() {
         payload.extend(packed);
     }
     payload.extend(u32::try_from(kernel.len()).unwrap().to_le_bytes());
-    let bench = Bench::new(64 * MIB).image("kernel", BzImage::new(&payload).bytes());
-    bench.load::<Linux>().unwrap();
-    assert!(bench.bytes(LOAD, kernel.len() - ELF_TEXT) == kernel[ELF_TEXT..]);
+    let bench = LoadBench::new(64 * MIB).image("kernel", BzImage::new(&payload).bytes());
+    let guest = bench.load::<Linux>().unwrap();
+    assert!(guest.memory(LOAD, kernel.len() - ELF_TEXT) == kernel[ELF_TEXT..]);
 }
 
 #[test]
@@ -285,7 +299,7 @@ fn what_is_no_kernel_is_refused_with_what_it_seems_to_be() {
         (b"Dear kernel".to_vec(), "44, 65, 61, 72"),
         (BzImage::new(b"").put(0x211, &[0]).bytes(), "zImage"),
     ] {
-        let error = refusal(&Bench::new(64 * MIB).image("kernel", image));
+        let error = refusal(&LoadBench::new(64 * MIB).image("kernel", image));
         assert!(
             matches!(&error, Error::NotMine(text) if text.contains("looked for") && text.contains(said)),
             "{error}"
@@ -296,12 +310,12 @@ fn what_is_no_kernel_is_refused_with_what_it_seems_to_be() {
 #[test]
 fn too_little_memory_is_refused_with_how_much_would_do() {
     let packed = BzImage::new(PAYLOADS[0].1).bytes();
-    let error = refusal(&Bench::new(8 * MIB).image("kernel", packed));
+    let error = refusal(&LoadBench::new(8 * MIB).image("kernel", packed));
     assert!(
         matches!(&error, Error::NoRoom(text) if text.contains("has 8 MiB") && text.contains("32 MiB would do")),
         "{error}"
     );
-    let error = refusal(&Bench::new(32 * MIB).image("kernel", ELF).image("initrd", vec![0; 40 << 20]));
+    let error = refusal(&LoadBench::new(32 * MIB).image("kernel", ELF).image("initrd", vec![0; 40 << 20]));
     assert!(
         matches!(&error, Error::NoRoom(text) if text.contains("initrd") && text.contains("40 MiB")),
         "{error}"
@@ -311,12 +325,12 @@ fn too_little_memory_is_refused_with_how_much_would_do() {
 #[test]
 fn a_wrong_set_of_images_or_options_is_refused_by_name() {
     for (bench, said) in [
-        (Bench::new(32 * MIB), "`kernel` is missing"),
-        (Bench::new(32 * MIB).image("kernel", ELF).image("firmware", ELF), "`firmware`"),
-        (Bench::new(32 * MIB).image("kernel", ELF).image("kernel", ELF), "twice"),
-        (Bench::new(32 * MIB).image("kernel", ELF).image("initrd", Vec::new()), "`initrd` is empty"),
-        (Bench::new(32 * MIB).image("kernel", ELF).option("cmdline", &"x".repeat(2048)), "2047"),
-        (Bench::new(32 * MIB).image("kernel", ELF).option("cmdline", "a\0b"), "NUL"),
+        (LoadBench::new(32 * MIB), "`kernel` is missing"),
+        (LoadBench::new(32 * MIB).image("kernel", ELF).image("firmware", ELF), "`firmware`"),
+        (LoadBench::new(32 * MIB).image("kernel", ELF).image("kernel", ELF), "twice"),
+        (LoadBench::new(32 * MIB).image("kernel", ELF).image("initrd", Vec::new()), "`initrd` is empty"),
+        (LoadBench::new(32 * MIB).image("kernel", ELF).option("cmdline", &"x".repeat(2048)), "2047"),
+        (LoadBench::new(32 * MIB).image("kernel", ELF).option("cmdline", "a\0b"), "NUL"),
     ] {
         let error = refusal(&bench);
         assert!(matches!(&error, Error::Invalid(text) if text.contains(said)), "{error}");
