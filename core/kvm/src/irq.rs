@@ -2,31 +2,24 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::{
-    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KvmIrqRouting, kvm_irq_routing_entry,
-    kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip, kvm_msi,
-};
+use kvm_bindings::{KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip, kvm_msi};
 use kvm_ioctls::VmFd;
 use tenon_core::{EngineError, InterruptController, Interrupts, Msi};
 
 use crate::engine::host;
 
-/// Makes GSI n input n of the I/O APIC, and of nothing else. (The kernel's own default also has the 8259 pair, which machines are described without:
-/// its interrupts would come as vectors that no guest has asked for.)
-pub(crate) fn route(vm: &VmFd) -> Result<(), EngineError> {
-    let entries: Vec<_> = (0..Interrupts::LINES)
-        .map(|pin| kvm_irq_routing_entry {
-            gsi: pin,
-            type_: KVM_IRQ_ROUTING_IRQCHIP,
-            u: kvm_irq_routing_entry__bindgen_ty_1 {
-                irqchip: kvm_irq_routing_irqchip { irqchip: KVM_IRQCHIP_IOAPIC, pin },
-            },
-            ..Default::default()
-        })
-        .collect();
-    let table = KvmIrqRouting::from_entries(&entries)
-        .map_err(|error| EngineError::Invalid(format!("interrupt routes: {error:?}")))?;
-    vm.set_gsi_routing(&table).map_err(host("KVM_SET_GSI_ROUTING"))
+/// Makes the VM's interrupt controllers. The kernel's own routes stay: GSI n is input n of the I/O APIC and, below 16, of the 8259 pair as well. Machines
+/// are described without an 8259, so all of its inputs are masked: else its interrupts would come as vectors that no guest has asked for.
+/// (Routes without it would say so more plainly, but the kernel takes milliseconds to change routes.)
+pub(crate) fn create(vm: &VmFd) -> Result<(), EngineError> {
+    vm.create_irq_chip().map_err(host("KVM_CREATE_IRQCHIP"))?;
+    for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
+        let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+        vm.get_irqchip(&mut chip).map_err(host("KVM_GET_IRQCHIP"))?;
+        chip.chip.pic.imr = 0xff;
+        vm.set_irqchip(&chip).map_err(host("KVM_SET_IRQCHIP"))?;
+    }
+    Ok(())
 }
 
 /// The kernel's controllers, as devices see them.

@@ -6,7 +6,7 @@
 //! | --- | --- |
 //! | local APICs, I/O APIC, HLT, INIT and SIPI, TSC, kvmclock | in the kernel |
 //! | port and MMIO accesses | [`tenon_core::Bus`], called on the vCPU's thread |
-//! | lines | GSI n is input n of the I/O APIC. The kernel's 8259 pair exists but has no inputs: machines are described without one |
+//! | lines | GSI n is input n of the I/O APIC. The kernel's 8259 pair is masked: machines are described without one |
 //! | timers other than the local APIC's | devices; there is no 8254 in the kernel |
 //!
 //! **Time.** The guest's TSC and kvmclock count on while a machine is paused, as they do for a guest whose host is busy; after a pause the

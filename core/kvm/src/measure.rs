@@ -21,7 +21,7 @@ use crate::vcpu::KvmVcpu;
 /// is a thousand times slower; run by the CPU, as fast.
 const SLOWER: f64 = 20.0;
 /// A loop that runs this long is timed well enough.
-const ENOUGH_NS: u64 = 1_000_000;
+const ENOUGH_NS: u64 = 300_000;
 /// The first loop's instructions; each further one has ten times as many, up to the most.
 const FIRST: u32 = 2_000;
 const MOST: u32 = 20_000_000;

@@ -95,8 +95,8 @@ impl RunPage {
 
     /// The port access of a `KVM_EXIT_IO`.
     pub(crate) fn port_access(&self) -> Access {
-        // SAFETY: plain integers.
-        let io = self.detail(|u| unsafe { u.io });
+        // SAFETY: inside the mapping; the vCPU does not run; plain integers.
+        let io = unsafe { (&raw const (*self.page.as_ptr()).__bindgen_anon_1.io).read_volatile() };
         let offset = usize::try_from(io.data_offset).unwrap_or(usize::MAX);
         let size = if matches!(io.size, 1 | 2 | 4) { io.size } else { 1 };
         // The kernel keeps to its page; a count that does not is cut, so that the page is never left.
@@ -112,8 +112,8 @@ impl RunPage {
 
     /// The access of a `KVM_EXIT_MMIO`: up to 8 bytes, of any length.
     pub(crate) fn mmio_access(&self) -> Access {
-        // SAFETY: plain integers.
-        let mmio = self.detail(|u| unsafe { u.mmio });
+        // SAFETY: inside the mapping; the vCPU does not run; plain integers.
+        let mmio = unsafe { (&raw const (*self.page.as_ptr()).__bindgen_anon_1.mmio).read_volatile() };
         Access {
             address: mmio.phys_addr,
             size: u8::try_from(mmio.len.clamp(1, 8)).unwrap_or(8),

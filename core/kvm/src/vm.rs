@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::cpuid::{self, Template};
 use crate::engine::host;
-use crate::irq::{Controller, route};
+use crate::irq::{self, Controller};
 use crate::msr::MsrNumbers;
 use crate::vcpu::{KvmVcpu, Shown};
 
@@ -77,8 +77,7 @@ impl KvmVm {
         if kvm.check_extension(kvm_ioctls::Cap::SetIdentityMapAddr) {
             fd.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(host("KVM_SET_IDENTITY_MAP_ADDR"))?;
         }
-        fd.create_irq_chip().map_err(host("KVM_CREATE_IRQCHIP"))?;
-        route(&fd)?;
+        irq::create(&fd)?;
         let fd = Arc::new(fd);
         let msrs = MsrNumbers::new(kvm)?;
         let controller = Arc::new(Controller::new(fd.clone()));

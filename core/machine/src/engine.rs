@@ -79,7 +79,8 @@ pub trait Vm: Send + Sync {
     /// The host refuses.
     fn set_dirty_log(&self, on: bool) -> Result<(), EngineError>;
 
-    /// Takes the notes: guest-physical addresses of the 4 KiB pages that were written since the last call, in ascending order.
+    /// Takes the notes: guest-physical addresses of the 4 KiB pages that were written since the last call, in ascending order. A page that
+    /// was only read may be among them, a page that was written never misses.
     ///
     /// # Errors
     /// The log is off, or the host refuses.
