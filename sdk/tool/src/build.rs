@@ -130,18 +130,20 @@ pub fn build(folder: &Path, options: &BuildOptions) -> Result<Built, Error> {
     })
 }
 
-/// Runs the plugin's own tests: `cargo test` in its folder.
+/// Runs the plugin's own tests (`cargo test` in its folder), then builds it. Running what was built is the host's.
 ///
 /// # Errors
-/// A test fails, or cargo does.
-pub fn cargo_test(folder: &Path, options: &BuildOptions) -> Result<(), Error> {
-    let mut command = cargo(folder, "test", options);
-    let status = command.status().map_err(|error| Error::Cargo(format!("running cargo: {error}")))?;
-    if status.success() {
-        Ok(())
-    } else {
-        Err(Error::Cargo(format!("the tests of {} failed", folder.display())))
+/// A test fails, or the plugin does not build.
+pub fn test(folder: &Path, options: &BuildOptions) -> Result<Built, Error> {
+    let status = cargo(folder, "test", options).status().map_err(no_cargo)?;
+    if !status.success() {
+        return Err(Error::Cargo(format!("the tests of {} failed", folder.display())));
     }
+    build(folder, options)
+}
+
+fn no_cargo(error: std::io::Error) -> Error {
+    Error::Cargo(format!("running cargo: {error}; install Rust from https://rustup.rs"))
 }
 
 fn read_manifest(path: &Path) -> Result<(String, Manifest), Error> {
@@ -204,9 +206,10 @@ struct Target {
 fn compile(folder: &Path, target: Option<&str>, options: &BuildOptions) -> Result<PathBuf, Error> {
     let mut command = cargo(folder, "build", options);
     command.args(["--lib", "--message-format=json-render-diagnostics"]);
+    // Names are kept for backtraces; the rest of the debugging information would be most of the file.
+    command.env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo");
     if let Some(target) = target {
-        // Names are kept for backtraces; the rest of the debugging information would be most of the file.
-        command.arg("--target").arg(target).env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo");
+        command.arg("--target").arg(target);
     }
     let output =
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit()).output().map_err(

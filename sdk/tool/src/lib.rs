@@ -4,9 +4,11 @@
 
 mod build;
 mod component;
+mod new;
 
-pub use build::{BuildOptions, Built, build, cargo_test};
+pub use build::{BuildOptions, Built, build, test};
 pub use component::{Component, componentize, inspect};
+pub use new::{Kind, find_sdk, new};
 
 use std::path::PathBuf;
 

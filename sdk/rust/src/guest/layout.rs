@@ -38,11 +38,7 @@ impl Layout {
     /// # Errors
     /// Not all of it is RAM, or some of it is taken. `what` names the thing that was to lie there.
     pub fn take(&mut self, start: u64, size: u64, what: &str) -> Result<(), Error> {
-        let Some(end) = start.checked_add(size) else {
-            return Err(Error::Corrupt(format!(
-                "{what} is to lie at {start:#x} and be {size:#x} bytes long"
-            )));
-        };
+        let end = start.saturating_add(size);
         let Some(index) = self.free.iter().position(|range| range.0 <= start && end <= range.1) else {
             return Err(Error::NoRoom(format!(
                 "{what} needs the RAM from {start:#x} to {end:#x}, which is not free; the machine has {} of RAM{}",
