@@ -310,7 +310,7 @@ impl Chip {
     }
 
     fn encode(&self, value: u8) -> u8 {
-        if self.b & B_BINARY != 0 { value } else { (value / 10) << 4 | value % 10 }
+        if self.b & B_BINARY != 0 { value } else { ((value / 10) << 4) | (value % 10) }
     }
 
     fn decode(&self, raw: u8) -> u8 {

@@ -1,4 +1,5 @@
 //! The real-time clock, from the guest's side.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use tenon_device_rtc::Rtc;
 use tenon_testkit::{Bench, conformance};

@@ -3,13 +3,13 @@
 //!
 //! | mode | loaded at (raw) | first instruction | tables |
 //! | --- | --- | --- | --- |
-//! | `real` | 0x7c00 | CS:IP with CS = 0 below 64 KiB, else the highest paragraph at or below the entry that is a multiple of 0x1000 | none; SP is 0x7c00, the image's own is to be set early |
+//! | `real` | 0x7c00 | CS:IP, CS a multiple of 0x1000: 0000:7c00, 1000:2345 for 0x12345; the other segments are 0, SP is 0x7c00 | none |
 //! | `protected` | 0x100000 | flat 32-bit, paging off | descriptors |
 //! | `long` | 0x100000 | 64-bit, the first 4 GiB mapped one to one | descriptors, page tables |
 //!
-//! In protected and long mode the selectors are 0x08 (32-bit code), 0x10 (code), 0x18 (data). The tables and the boot information take eight pages, the
-//! lowest free ones from 0x1000 on: 0x1000 to 0x8fff, unless the image itself lies there. There is no stack: set one.
-//! Interrupts are off, there is no interrupt table (in real mode it is at 0 and empty).
+//! In protected and long mode the selectors are 0x08 (32-bit code), 0x10 (code), 0x18 (data). The tables take seven pages and the boot information
+//! one, the lowest free ones from 0x1000 on: 0x1000 to 0x8fff, unless the image itself lies there. There is no stack: set one.
+//! Interrupts are off, and there is no interrupt table (in real mode it is at 0 and empty).
 //!
 //! # Boot information
 //!
@@ -70,7 +70,7 @@ impl Personality for Flat {
         let load = options.number::<u64>("load")?;
 
         let mut layout = Layout::new(machine);
-        let (kind, mode, entry) = match Elf::parse(&kernel)? {
+        let (kind, mode, extent, entry) = match Elf::parse(&kernel)? {
             Some(elf) => {
                 if load.is_some() {
                     return Err(Error::Invalid(
@@ -82,21 +82,28 @@ impl Personality for Flat {
                     Class::Elf32 => ("32-bit ELF", Mode::Protected),
                     Class::Elf64 => ("64-bit ELF", Mode::Long),
                 };
-                (name, mode.unwrap_or(natural), entry.unwrap_or(elf.entry))
+                (name, mode.unwrap_or(natural), elf.extent(), entry.unwrap_or(elf.entry))
             }
             None => {
                 let mode = mode.unwrap_or(Mode::Real);
                 let load = load.unwrap_or(if mode == Mode::Real { BOOT_SECTOR } else { ONE_MEBIBYTE });
-                if kernel.size() == 0 {
+                let size = kernel.size();
+                if size == 0 {
                     return Err(Error::NotMine(
                         "looked for an image with something in it; found an empty file".into(),
                     ));
                 }
-                layout.take(load, kernel.size(), "the image")?;
-                memory.copy_image(load, &kernel, 0, kernel.size())?;
-                ("raw", mode, entry.unwrap_or(load))
+                layout.take(load, size, "the image")?;
+                memory.copy_image(load, &kernel, 0, size)?;
+                ("raw", mode, (load, load + size), entry.unwrap_or(load))
             }
         };
+        if !(extent.0..extent.1).contains(&entry) {
+            return Err(Error::Invalid(format!(
+                "the entry {entry:#x} lies outside the image, which is loaded from {:#x} to {:#x}",
+                extent.0, extent.1
+            )));
+        }
 
         let mut vcpu = match mode {
             Mode::Real => real_mode(entry)?,

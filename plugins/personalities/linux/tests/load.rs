@@ -1,5 +1,10 @@
 //! Every kind of kernel image that Linux's build makes leads to the same kernel in memory, entered in the right way; what is
 //! damaged, foreign or too large is refused with what was looked for and found.
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::unwrap_used,
+    reason = "a test fails by panicking; its numbers are its own"
+)]
 
 mod support;
 

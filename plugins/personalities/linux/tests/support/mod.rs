@@ -1,6 +1,10 @@
 //! Images to load, and a closer look at what was loaded.
 #![allow(dead_code, reason = "each test file uses its part")]
-#![allow(clippy::cast_possible_truncation, reason = "a number of so many bytes fits so many")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a number of so many bytes fits so many"
+)]
 
 use tenon_testkit::Loaded;
 
