@@ -15,7 +15,7 @@ pub fn lower(instruction: &Instruction) -> Option<FpOp> {
         EncodingKind::D3NOW => return Some(op(undefined, Kind::Plain)),
         _ => return None,
     }
-    let mut family = None;
+    let mut family = (instruction.mnemonic() == Mnemonic::Wait).then_some(Family::X87);
     for feature in code.cpuid_features() {
         match feature {
             CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387 => family = family.or(Some(Family::X87)),
@@ -390,7 +390,8 @@ fn simd(instruction: &Instruction) -> Option<FpOp> {
             result.align = 16;
             result.imm = registers;
             result.src = u8::from(long);
-            result.mem = if saves { Mem::Write(160 + 16 * registers) } else { Mem::Read(512) };
+            // The whole area is checked; what FXSAVE does not define stays.
+            result.mem = if saves { Mem::ReadWrite(512) } else { Mem::Read(512) };
         }
         M::Movups | M::Movupd | M::Movdqu => {}
         _ if size == 16 => result.align = 16,

@@ -6,7 +6,8 @@
 use std::sync::Arc;
 
 use tenon_core::{
-    Bus, Claim, Clock, CpuModel, CpuState, DescriptorTable, Engine, Kick, Ram, Region, Segment, Space, Stop, Vcpu, Vm, VmSetup,
+    Bus, Claim, Clock, CpuModel, CpuState, DescriptorTable, Engine, Kick, Ram, Region, Segment, Space, Stop,
+    Vcpu, Vm, VmSetup,
 };
 
 use crate::native::{CODE, CODE_SIZE, DATA, DATA_SIZE, End, Machine, WRITABLE};
@@ -85,7 +86,9 @@ impl Guest {
     fn put(&mut self, address: u64, bytes: &[u8]) {
         assert!(address + bytes.len() as u64 <= RAM_SIZE);
         // SAFETY: inside the region, and the vCPU is not running.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.memory.add(address as usize), bytes.len()) }
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.memory.add(address as usize), bytes.len())
+        }
     }
 
     fn get<const N: usize>(&self, address: u64) -> [u8; N] {
@@ -114,7 +117,10 @@ impl Guest {
         self.put_u64(directory + 8 * (DATA >> 21), data_table | table);
         for page in 0..DATA_SIZE as u64 / 0x1000 {
             let write = if page * 0x1000 < WRITABLE as u64 { WRITE } else { 0 };
-            self.put_u64(data_table + 8 * page, DATA_PAGES + page * 0x1000 | PRESENT | USER | NO_EXECUTE | write);
+            self.put_u64(
+                data_table + 8 * page,
+                DATA_PAGES + page * 0x1000 | PRESENT | USER | NO_EXECUTE | write,
+            );
         }
         // The selectors that Linux uses.
         let descriptors: [u64; 7] = [
@@ -130,10 +136,12 @@ impl Guest {
             self.put_u64(GDT + 8 * i as u64, descriptor);
         }
         self.put_u64(TSS + 4, HIGH + STACK);
+        self.put(TSS + 102, &104_u16.to_le_bytes()); // No I/O permission bitmap.
         for vector in 0..256 {
             let handler = HIGH + STUBS + 4 * vector;
             let level = if vector == 3 || vector == 4 { 3 } else { 0 };
-            let gate = handler & 0xffff | 0x10 << 16 | (0x8e | level << 5) << 40 | (handler >> 16 & 0xffff) << 48;
+            let gate =
+                handler & 0xffff | 0x10 << 16 | (0x8e | level << 5) << 40 | (handler >> 16 & 0xffff) << 48;
             self.put_u64(IDT + 16 * vector, gate);
             self.put_u64(IDT + 16 * vector + 8, handler >> 32);
             self.put(STUBS + 4 * vector, &[0xe6, PORT as u8, 0xeb, 0xfe]);
@@ -141,7 +149,12 @@ impl Guest {
     }
 
     /// Runs to the first exception, as the host does; memory afterwards is in `data`.
-    pub fn run(&mut self, machine: &Machine, code: &[u8; CODE_SIZE], data: &mut [u8; DATA_SIZE]) -> Result<End, String> {
+    pub fn run(
+        &mut self,
+        machine: &Machine,
+        code: &[u8; CODE_SIZE],
+        data: &mut [u8; DATA_SIZE],
+    ) -> Result<End, String> {
         let page = CODE_PAGES + self.runs * 0x1000;
         self.runs += 1;
         self.put(page, code);
@@ -174,7 +187,12 @@ impl Guest {
         if (cs, ss) != (0x33, 0x2b) {
             return Err(format!("vector {vector}: came from CS {cs:#x}, SS {ss:#x}"));
         }
-        let mut result = Machine { fp: [0; 512], gpr: after.general, rflags: self.get_u64(frame + 16), rip: self.get_u64(frame) };
+        let mut result = Machine {
+            fp: [0; 512],
+            gpr: after.general,
+            rflags: self.get_u64(frame + 16),
+            rip: self.get_u64(frame),
+        };
         result.gpr[4] = self.get_u64(frame + 24);
         result.fp.copy_from_slice(&after.fxsave);
         Ok(End { machine: result, vector: vector as u8, error, cr2: after.cr2 })

@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use iced_x86::{Code, CpuidFeature, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register};
+use iced_x86::{
+    Code, CpuidFeature, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register,
+};
 
 use crate::generate::{Random, aim, instruction};
 use crate::native::{CODE, CODE_SIZE, DATA, DATA_SIZE, Machine, WRITABLE};
@@ -13,8 +15,8 @@ pub struct Case {
     pub code: Box<[u8; CODE_SIZE]>,
     pub data: Box<[u8; DATA_SIZE]>,
     pub instructions: Vec<Instruction>,
-    /// The flags that nobody defines at the end.
-    pub undefined_flags: u64,
+    /// The flags that nobody defines after each instruction.
+    undefined: Vec<u64>,
 }
 
 /// The instruction forms that ring 3 can execute and the engine's CPU shows.
@@ -56,14 +58,20 @@ fn usable(code: Code) -> bool {
         )
     });
     shown
+        && !form.fwait() // Two instructions.
         && !matches!(
             code.mnemonic(),
             // The host's kernel answers these, or they show the host's own tables.
             M::Int | M::Int1 | M::Int3 | M::Syscall | M::Sysenter | M::Sysexit | M::Sysret
                 | M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw | M::Lar | M::Lsl | M::Verr | M::Verw
-                // Segment loads and far transfers would change the host process.
+                    // Without a ModRM byte on AMD.
+                | M::Ud0
+                // 0F 0D with a register: a NOP of Intel's, undefined on AMD.
+                | M::Reservednop
+            // Segment loads and far transfers would change the host process.
                 | M::Lss | M::Lfs | M::Lgs | M::Lds | M::Les | M::Retf | M::Iret | M::Iretd | M::Iretq
         )
+        && code != Code::Movsxd_r16_rm16 // Reads 32 bits on AMD.
         && !form.loads_segment()
         && !is_far(code)
 }
@@ -77,7 +85,9 @@ impl SegmentOperand for iced_x86::OpCodeInfo {
     fn loads_segment(&self) -> bool {
         use iced_x86::OpCodeOperandKind as K;
         let writes = matches!(self.code().mnemonic(), Mnemonic::Mov | Mnemonic::Pop);
-        writes && self.op_count() > 0 && matches!(self.op_kind(0), K::seg_reg | K::fs | K::gs | K::es | K::ds | K::ss | K::cs)
+        writes
+            && self.op_count() > 0
+            && matches!(self.op_kind(0), K::seg_reg | K::fs | K::gs | K::es | K::ds | K::ss | K::cs)
     }
 }
 
@@ -99,7 +109,10 @@ fn target(random: &mut Random) -> u64 {
         9..=10 => near(random, end),
         11 => end + random.below(0x1000),
         12 => random.below(0x8000),
-        13 => random.pick(&[0x7fff_ffff_ffff, 0x8000_0000_0000, 0xffff_7fff_ffff_ffff, 1 << 63]) - random.below(16),
+        13 => {
+            random.pick(&[0x7fff_ffff_ffff, 0x8000_0000_0000, 0xffff_7fff_ffff_ffff, 1 << 63])
+                - random.below(16)
+        }
         14..=31 => DATA + random.below(WRITABLE as u64 - 0x400) & !15,
         _ => DATA + random.below(WRITABLE as u64 - 0x400),
     }
@@ -114,7 +127,8 @@ impl Case {
         }
         for register in [4, 5, 6, 7] {
             if register == 4 || !random.one_in(4) {
-                machine.gpr[register] = DATA + 0x400 + random.below(WRITABLE as u64 - 0x800) & if random.one_in(8) { !0 } else { !7 };
+                machine.gpr[register] = DATA + 0x400 + random.below(WRITABLE as u64 - 0x800)
+                    & if random.one_in(8) { !0 } else { !7 };
             }
         }
         machine.rflags = 0x202 | random.next() & 0x8d5 | if random.one_in(4) { 0x400 } else { 0 };
@@ -127,7 +141,16 @@ impl Case {
             at += 8;
         }
 
-        let mut builder = Builder { machine, data, pinned: BTreeSet::new(), bytes: Vec::new(), instructions: Vec::new(), undefined: 0, start: 0 };
+        let mut builder = Builder {
+            machine,
+            data,
+            pinned: BTreeSet::new(),
+            bytes: Vec::new(),
+            instructions: Vec::new(),
+            undefined: 0,
+            undefined_after: Vec::new(),
+            start: 0,
+        };
         builder.start = random.below(CODE_SIZE as u64 - 80);
         let last_on_page = random.one_in(64);
         let length = if last_on_page || random.one_in(2) { 1 } else { 2 + random.below(3) };
@@ -140,16 +163,45 @@ impl Case {
         if builder.instructions.is_empty() {
             return None;
         }
-        let Builder { mut machine, data, bytes, instructions, undefined, mut start, .. } = builder;
-        if last_on_page && !instructions[0].is_ip_rel_memory_operand() && instructions[0].flow_control() == FlowControl::Next {
+        let Builder { mut machine, data, bytes, mut instructions, undefined_after, mut start, .. } = builder;
+        if last_on_page
+            && !instructions[0].is_ip_rel_memory_operand()
+            && instructions[0].flow_control() == FlowControl::Next
+        {
             // The end of the page cuts it, or comes right behind it.
             start = CODE_SIZE as u64 - 1 - random.below(bytes.len() as u64);
+            instructions.truncate(1);
+            instructions[0].set_ip(CODE + start);
         }
         machine.rip = CODE + start;
         let mut code = Box::new([0xcc; CODE_SIZE]);
         let fits = bytes.len().min(CODE_SIZE - start as usize);
         code[start as usize..start as usize + fits].copy_from_slice(&bytes[..fits]);
-        Some(Self { machine, code, data, instructions, undefined_flags: undefined })
+        Some(Self { machine, code, data, instructions, undefined: undefined_after })
+    }
+
+    /// The flags that nobody defines when the run has ended at `rip`.
+    pub fn undefined_flags(&self, rip: u64) -> u64 {
+        match self.instructions.iter().position(|instruction| instruction.ip() == rip) {
+            Some(0) => 0,
+            Some(n) => self.undefined[n - 1],
+            None => *self.undefined.last().expect("an instruction"),
+        }
+    }
+
+    /// At `rip` is an instruction that the host carries out piece by piece, so that it may report any byte of its area, or what
+    /// is wrong with it: AMD's FXSAVE and FXRSTOR touch the last byte first.
+    pub fn is_large(&self, rip: u64) -> bool {
+        let at = self.instructions.iter().find(|instruction| instruction.ip() == rip);
+        at.is_some_and(|at| {
+            matches!(at.memory_size().size(), 10 | 14 | 28 | 94 | 108 | 512) || at.mnemonic() == Mnemonic::Maskmovdqu
+        })
+    }
+
+    pub fn is_maskmovq(&self, rip: u64) -> bool {
+        self.instructions
+            .iter()
+            .any(|instruction| instruction.ip() == rip && instruction.mnemonic() == Mnemonic::Maskmovq)
     }
 
     /// Offsets into the data of what environment stores write and nobody tracks; only cases of one instruction have such.
@@ -173,7 +225,9 @@ fn address(instruction: &Instruction, operand: u32, gpr: &[u64; 16]) -> u64 {
         }
         let value = gpr[register.full_register().number()];
         Some(match register.size() {
-            1 if register >= Register::AH && register <= Register::BH => gpr[register.number() & 3] >> 8 & 0xff,
+            1 if register >= Register::AH && register <= Register::BH => {
+                gpr[register.number() & 3] >> 8 & 0xff
+            }
             1 => value & 0xff,
             2 => value & 0xffff,
             4 => value & 0xffff_ffff,
@@ -191,6 +245,7 @@ struct Builder {
     bytes: Vec<u8>,
     instructions: Vec<Instruction>,
     undefined: u64,
+    undefined_after: Vec<u64>,
     start: u64,
 }
 
@@ -202,8 +257,30 @@ impl Builder {
         let ip = CODE + self.start + self.bytes.len() as u64;
         let Some((bytes, instruction)) = instruction(random, code, ip) else { return false };
         let mnemonic = instruction.mnemonic();
-        if !alone && matches!(mnemonic, M::Popf | M::Popfd | M::Popfq | M::Fxrstor | M::Fxrstor64 | M::Fxsave | M::Fxsave64 | M::Fnsave | M::Fnstenv | M::Ldmxcsr) {
+        if !alone
+            && matches!(
+                mnemonic,
+                M::Popf
+                    | M::Popfd
+                    | M::Popfq
+                    | M::Fxrstor
+                    | M::Fxrstor64
+                    | M::Fxsave
+                    | M::Fxsave64
+                    | M::Fnsave
+                    | M::Fnstenv
+                    | M::Ldmxcsr
+            )
+        {
             return false;
+        }
+        let repeated = instruction.has_rep_prefix() || instruction.has_repne_prefix();
+        if repeated && matches!(mnemonic, M::Loop | M::Loope | M::Loopne) {
+            // AMD takes the prefix for another condition.
+            return false;
+        }
+        if mnemonic == M::Pause && bytes[bytes.len() - 2] & 0xf1 == 0x41 {
+            return false; // With REX.B an XCHG on AMD.
         }
         if flags(instruction.rflags_read()) & self.undefined != 0 || undefined_result(&instruction) {
             return false;
@@ -211,15 +288,21 @@ impl Builder {
         // Aim what it addresses, if the registers are still free.
         let mut factory = InstructionInfoFactory::new();
         let info = factory.info(&instruction);
-        let used: BTreeSet<Register> =
-            info.used_registers().iter().map(|used| used.register().full_register()).filter(|register| register.is_gpr()).collect();
+        let used: BTreeSet<Register> = info
+            .used_registers()
+            .iter()
+            .map(|used| used.register().full_register())
+            .filter(|register| register.is_gpr())
+            .collect();
         let memory = (0..instruction.op_count()).find(|&n| instruction.op_kind(n) == OpKind::Memory);
         if memory.is_some() {
-            let addressing = [instruction.memory_base().full_register(), instruction.memory_index().full_register()];
+            let addressing =
+                [instruction.memory_base().full_register(), instruction.memory_index().full_register()];
             if addressing.iter().any(|register| self.pinned.contains(register)) {
                 return false;
             }
-            let shift = matches!(mnemonic, M::Bt | M::Bts | M::Btr | M::Btc) && instruction.op1_kind() == OpKind::Register;
+            let shift = matches!(mnemonic, M::Bt | M::Bts | M::Btr | M::Btc)
+                && instruction.op1_kind() == OpKind::Register;
             if shift && !random.one_in(4) {
                 let register = instruction.op1_register().full_register();
                 if !self.pinned.contains(&register) && !addressing.contains(&register) {
@@ -236,25 +319,41 @@ impl Builder {
             if !self.pinned.contains(&Register::RCX) {
                 self.machine.gpr[1] = if random.one_in(16) { random.below(0x6000) } else { random.below(40) };
             }
+            // One of them is harmless: which of two faults comes first is the model's own.
+            let harmful = random.pick(&[6, 7]);
             for (register, number) in [(Register::RSI, 6), (Register::RDI, 7)] {
                 if used.contains(&register) && !self.pinned.contains(&register) {
-                    self.machine.gpr[number] = target(random);
+                    let both = used.contains(&Register::RSI) && used.contains(&Register::RDI);
+                    let benign = DATA + 0x400 + random.below(WRITABLE as u64 - 0x800);
+                    self.machine.gpr[number] = if both && number != harmful { benign } else { target(random) };
                 }
             }
         }
         match mnemonic {
-            M::Div | M::Idiv if alone && random.one_in(2) => self.machine.gpr[2] = random.pick(&[0, 0, 0, 1, u64::MAX]),
+            M::Shld | M::Shrd if instruction.op1_register().size() == 2 && instruction.op2_kind() == OpKind::Register => {
+                if self.pinned.contains(&Register::RCX) || used_as_address(&instruction, Register::RCX) {
+                    return false;
+                }
+                self.machine.gpr[1] = self.machine.gpr[1] & !0x1f | random.below(17);
+            }
+            M::Div | M::Idiv if alone && random.one_in(2) => {
+                self.machine.gpr[2] = random.pick(&[0, 0, 0, 1, u64::MAX])
+            }
             M::Xlatb if alone => self.machine.gpr[3] = target(random),
             M::Maskmovq | M::Maskmovdqu if alone => self.machine.gpr[7] = target(random),
             M::Cmpxchg8b if alone && random.one_in(2) => self.agree_with_memory(&instruction, memory),
             M::Cmpxchg if alone && random.one_in(2) => self.agree_with_memory(&instruction, memory),
             M::Leave if alone => self.machine.gpr[5] = target(random),
-            M::Push | M::Pop | M::Call | M::Ret | M::Enter | M::Pushf | M::Pushfq if alone && random.one_in(8) => {
+            M::Push | M::Pop | M::Call | M::Ret | M::Enter | M::Pushf | M::Pushfq
+                if alone && random.one_in(8) =>
+            {
                 self.machine.gpr[4] = target(random);
             }
             _ => {}
         }
-        if instruction.flow_control() != FlowControl::Next && !self.aim_branch(random, &instruction, bytes.len() as u64) {
+        if instruction.flow_control() != FlowControl::Next
+            && !self.aim_branch(random, &instruction, bytes.len() as u64)
+        {
             return false;
         }
         self.prepare_memory(random, &instruction, memory);
@@ -262,16 +361,20 @@ impl Builder {
             // Not: single steps, nested tasks, alignment checks.
             self.clear_bits(self.machine.gpr[4], 0x4_4100);
         }
-        let written = flags(instruction.rflags_written() | instruction.rflags_cleared() | instruction.rflags_set());
+        let written =
+            flags(instruction.rflags_written() | instruction.rflags_cleared() | instruction.rflags_set());
         let conditional = instruction.has_rep_prefix() || instruction.has_repne_prefix() || shifts(mnemonic);
         if !conditional {
             self.undefined &= !written;
         }
         self.undefined |= flags(instruction.rflags_undefined());
+        self.undefined_after.push(self.undefined);
         self.pinned.extend(used);
         self.bytes.extend(bytes);
         self.instructions.push(instruction);
-        instruction.flow_control() == FlowControl::Next
+        // What environment stores leave undefined must not be read.
+        let environment = matches!(mnemonic, M::Fxsave | M::Fxsave64 | M::Fnsave | M::Fnstenv);
+        instruction.flow_control() == FlowControl::Next && !environment
     }
 
     /// CMPXCHG: makes the comparison succeed.
@@ -297,16 +400,28 @@ impl Builder {
         let sequence = CODE + self.start..end;
         match instruction.flow_control() {
             FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch | FlowControl::Call
-                if matches!(instruction.op0_kind(), OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64) =>
+                if matches!(
+                    instruction.op0_kind(),
+                    OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64
+                ) =>
             {
                 !sequence.contains(&instruction.near_branch_target())
             }
             FlowControl::IndirectBranch | FlowControl::IndirectCall | FlowControl::Return => {
-                let to = if random.one_in(8) { random.next() } else { CODE + (self.start + 100 + random.below(3000)) % CODE_SIZE as u64 };
+                // Not a bad stack and a bad target at once: which comes first is the model's own.
+                let good_stack = self.machine.gpr[4].wrapping_sub(DATA) < WRITABLE as u64 - 16
+                    && instruction.op0_register().full_register() != Register::RSP;
+                let to = if good_stack && random.one_in(8) {
+                    random.next()
+                } else {
+                    CODE + (self.start + 100 + random.below(3000)) % CODE_SIZE as u64
+                };
                 if sequence.contains(&to) {
                     return false;
                 }
-                if instruction.op0_kind() == OpKind::Register && instruction.flow_control() != FlowControl::Return {
+                if instruction.op0_kind() == OpKind::Register
+                    && instruction.flow_control() != FlowControl::Return
+                {
                     self.machine.gpr[instruction.op0_register().full_register().number()] = to;
                     return true;
                 }
@@ -342,7 +457,10 @@ impl Builder {
         let Some(operand) = memory else { return };
         let at = address(instruction, operand, &self.machine.gpr).wrapping_sub(DATA);
         let size = instruction.memory_size().size();
-        if at >= DATA_SIZE as u64 || at as usize + size.max(16) > DATA_SIZE || instruction.flow_control() != FlowControl::Next {
+        if at >= DATA_SIZE as u64
+            || at as usize + size.max(16) > DATA_SIZE
+            || instruction.flow_control() != FlowControl::Next
+        {
             return;
         }
         let at = at as usize;
@@ -353,7 +471,11 @@ impl Builder {
                 return;
             }
             Mnemonic::Ldmxcsr => {
-                let value = if random.one_in(4) { random.next() as u32 & !0x2_0000 } else { random.next() as u32 & 0xffff };
+                let value = if random.one_in(4) {
+                    random.next() as u32 & !0x2_0000
+                } else {
+                    random.next() as u32 & 0xffff
+                };
                 self.data[at..at + 4].copy_from_slice(&value.to_le_bytes());
                 return;
             }
@@ -384,14 +506,22 @@ fn flags(bits: u32) -> u64 {
 /// A count of zero leaves the flags alone.
 fn shifts(mnemonic: Mnemonic) -> bool {
     use Mnemonic as M;
-    matches!(mnemonic, M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd)
+    matches!(
+        mnemonic,
+        M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd
+    )
 }
 
 /// Results that the manuals leave open: double shifts of 16 bits by more.
 fn undefined_result(instruction: &Instruction) -> bool {
     matches!(instruction.mnemonic(), Mnemonic::Shld | Mnemonic::Shrd)
         && (instruction.op1_register().size() == 2)
-        && (instruction.op2_kind() == OpKind::Register || instruction.immediate8() & 31 > 16)
+        && instruction.op2_kind() == OpKind::Immediate8
+        && instruction.immediate8() & 31 > 16
+}
+
+fn used_as_address(instruction: &Instruction, register: Register) -> bool {
+    [instruction.memory_base(), instruction.memory_index()].iter().any(|used| used.full_register() == register)
 }
 
 impl fmt::Display for Case {
@@ -401,12 +531,19 @@ impl fmt::Display for Case {
         for instruction in &self.instructions {
             writeln!(f, "    {instruction}")?;
         }
-        writeln!(f, "    bytes at {:#x}: {:02x?}", self.machine.rip, &self.code[at..(at + length).min(CODE_SIZE)])?;
+        writeln!(
+            f,
+            "    bytes at {:#x}: {:02x?}",
+            self.machine.rip,
+            &self.code[at..(at + length).min(CODE_SIZE)]
+        )?;
         for (n, value) in self.machine.gpr.iter().enumerate() {
             write!(f, "    {:?} {value:#x}", Register::RAX + n as u32)?;
         }
         writeln!(f, "    rflags {:#x}", self.machine.rflags)?;
-        if let Some(operand) = (0..self.instructions[0].op_count()).find(|&n| self.instructions[0].op_kind(n) == OpKind::Memory) {
+        if let Some(operand) =
+            (0..self.instructions[0].op_count()).find(|&n| self.instructions[0].op_kind(n) == OpKind::Memory)
+        {
             let address = address(&self.instructions[0], operand, &self.machine.gpr);
             let at = address.wrapping_sub(DATA) as usize;
             if at <= DATA_SIZE - 16 {

@@ -1,6 +1,9 @@
 //! Random instructions of a given form, and operands that provoke.
 
-use iced_x86::{Code, Decoder, DecoderOptions, EncodingKind, Instruction, MandatoryPrefix, OpCodeOperandKind, OpCodeTableKind};
+use iced_x86::{
+    Code, Decoder, DecoderOptions, EncodingKind, Instruction, MandatoryPrefix, OpCodeOperandKind,
+    OpCodeTableKind,
+};
 
 /// SplitMix64.
 #[derive(Clone)]
@@ -35,7 +38,16 @@ impl Random {
             1 => self.below(4).wrapping_neg(),
             2 => 1 << self.below(64),
             3 => (1_u64 << self.below(64)).wrapping_sub(1),
-            4 => self.pick(&[0x7f, 0x80, 0x7fff, 0x8000, 0x7fff_ffff, 0x8000_0000, i64::MAX as u64, i64::MIN as u64]),
+            4 => self.pick(&[
+                0x7f,
+                0x80,
+                0x7fff,
+                0x8000,
+                0x7fff_ffff,
+                0x8000_0000,
+                i64::MAX as u64,
+                i64::MIN as u64,
+            ]),
             5 => self.next() >> self.below(64),
             _ => self.next(),
         }
@@ -74,7 +86,15 @@ impl Random {
             2 => 0x7ffe,
             3 => 1,
             4 => 0x3fff + self.below(64),
-            5 => self.pick(&[0x3fff - 1023, 0x3fff + 1024, 0x3fff - 127, 0x3fff + 128, 0x3fff + 15, 0x3fff + 31, 0x3fff + 63]),
+            5 => self.pick(&[
+                0x3fff - 1023,
+                0x3fff + 1024,
+                0x3fff - 127,
+                0x3fff + 128,
+                0x3fff + 15,
+                0x3fff + 31,
+                0x3fff + 63,
+            ]),
             6..=8 => 0x3fff - 40 + self.below(80),
             _ => self.next() & 0x7fff,
         };
@@ -126,7 +146,10 @@ impl Random {
             _ => 0xff,
         };
         let exceptions = if self.one_in(4) { self.next() as u32 & 0x1f80 } else { 0x1f80 };
-        let mxcsr = exceptions | (self.below(4) as u32) << 13 | u32::from(self.one_in(4)) << 15 | u32::from(self.one_in(4)) << 6
+        let mxcsr = exceptions
+            | (self.below(4) as u32) << 13
+            | u32::from(self.one_in(4)) << 15
+            | u32::from(self.one_in(4)) << 6
             | if self.one_in(2) { self.next() as u32 & 0x3f } else { 0 };
         image[0..2].copy_from_slice(&fcw.to_le_bytes());
         image[2..4].copy_from_slice(&fsw.to_le_bytes());
@@ -135,7 +158,11 @@ impl Random {
         image[28..32].copy_from_slice(&0xffff_u32.to_le_bytes());
         let small = self.one_in(3);
         for i in 0..8 {
-            let value = if small && i < 2 { u128::from(self.next() & 0x7fff_ffff_ffff_ffff | 1 << 63) | 0x3ffe << 64 } else { self.float80() };
+            let value = if small && i < 2 {
+                u128::from(self.next() & 0x7fff_ffff_ffff_ffff | 1 << 63) | 0x3ffe << 64
+            } else {
+                self.float80()
+            };
             image[32 + 16 * i..42 + 16 * i].copy_from_slice(&value.to_le_bytes()[..10]);
         }
         for i in 0..16 {
@@ -235,7 +262,8 @@ pub fn instruction(random: &mut Random, code: Code, ip: u64) -> Option<(Vec<u8>,
         if offsets.displacement_size() >= 4 {
             let at = offsets.displacement_offset();
             let value = if decoded.is_ip_rel_memory_operand() {
-                (super::native::DATA + random.below(super::native::DATA_SIZE as u64)).wrapping_sub(ip + bytes.len() as u64) as i32
+                (super::native::DATA + random.below(super::native::DATA_SIZE as u64))
+                    .wrapping_sub(ip + bytes.len() as u64) as i32
             } else if decoded.memory_base() == iced_x86::Register::None {
                 (super::native::DATA + random.below(super::native::DATA_SIZE as u64)) as i32
             } else {
@@ -275,7 +303,8 @@ pub fn aim(instruction: &Instruction, gpr: &mut [u64; 16], target: u64) -> bool 
         return true;
     }
     if index.is_gpr() {
-        gpr[index.full_register().number()] = target.wrapping_sub(displacement) / u64::from(instruction.memory_index_scale());
+        gpr[index.full_register().number()] =
+            target.wrapping_sub(displacement) / u64::from(instruction.memory_index_scale());
         return true;
     }
     false

@@ -103,9 +103,17 @@ unsafe extern "sysv64" fn enter() {
 #[unsafe(naked)]
 unsafe extern "sysv64" fn leave() {
     naked_asm!(
-        "fninit", "cld",
-        "push 0x1f80", "ldmxcsr [rsp]", "pop rax",
-        "pop r15", "pop r14", "pop r13", "pop r12", "pop rbp", "pop rbx",
+        "fninit",
+        "cld",
+        "push 0x1f80",
+        "ldmxcsr [rsp]",
+        "pop rax",
+        "pop r15",
+        "pop r14",
+        "pop r13",
+        "pop r12",
+        "pop rbp",
+        "pop rbx",
         "ret"
     )
 }
@@ -122,8 +130,22 @@ extern "C" fn on_signal(signal: i32, _: *mut libc::siginfo_t, context: *mut libc
         (*ours).active = 0;
         let registers = &mut machine.gregs;
         let order = [
-            libc::REG_RAX, libc::REG_RCX, libc::REG_RDX, libc::REG_RBX, libc::REG_RSP, libc::REG_RBP, libc::REG_RSI, libc::REG_RDI,
-            libc::REG_R8, libc::REG_R9, libc::REG_R10, libc::REG_R11, libc::REG_R12, libc::REG_R13, libc::REG_R14, libc::REG_R15,
+            libc::REG_RAX,
+            libc::REG_RCX,
+            libc::REG_RDX,
+            libc::REG_RBX,
+            libc::REG_RSP,
+            libc::REG_RBP,
+            libc::REG_RSI,
+            libc::REG_RDI,
+            libc::REG_R8,
+            libc::REG_R9,
+            libc::REG_R10,
+            libc::REG_R11,
+            libc::REG_R12,
+            libc::REG_R13,
+            libc::REG_R14,
+            libc::REG_R15,
         ];
         let output = &mut (*ours).output;
         for (to, from) in output.gpr.iter_mut().zip(order) {
@@ -158,12 +180,18 @@ impl Native {
             let file = libc::memfd_create(c"native".as_ptr(), 0);
             assert!(file >= 0 && libc::ftruncate(file, (CODE_SIZE + DATA_SIZE) as i64) == 0);
             let map = |address: u64, size: usize, protection: i32, offset: usize| {
-                let flags = libc::MAP_SHARED | libc::MAP_POPULATE | if address == 0 { 0 } else { libc::MAP_FIXED_NOREPLACE };
+                let flags = libc::MAP_SHARED
+                    | libc::MAP_POPULATE
+                    | if address == 0 { 0 } else { libc::MAP_FIXED_NOREPLACE };
                 let mapped = libc::mmap(address as *mut _, size, protection, flags, file, offset as i64);
-                assert!(mapped != libc::MAP_FAILED && (address == 0 || mapped as u64 == address), "mmap at {address:#x}");
+                assert!(
+                    mapped != libc::MAP_FAILED && (address == 0 || mapped as u64 == address),
+                    "mmap at {address:#x}"
+                );
                 mapped.cast::<u8>()
             };
-            let (read, write, execute) = (libc::PROT_READ, libc::PROT_READ | libc::PROT_WRITE, libc::PROT_READ | libc::PROT_EXEC);
+            let (read, write, execute) =
+                (libc::PROT_READ, libc::PROT_READ | libc::PROT_WRITE, libc::PROT_READ | libc::PROT_EXEC);
             map(CODE, CODE_SIZE, execute, 0);
             map(DATA, WRITABLE, write, CODE_SIZE);
             map(DATA + WRITABLE as u64, DATA_SIZE - WRITABLE, read, CODE_SIZE + WRITABLE);
