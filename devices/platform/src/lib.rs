@@ -13,5 +13,5 @@ mod map;
 mod power;
 
 pub use acpi::{AcpiError, AcpiNode, Platform, Resource, write_tables};
-pub use map::{ACPI_BASE, ACPI_END, EBDA_BASE, MemoryKind, MemoryRange, memory_map};
-pub use power::{POWER_BUTTON_GSI, POWER_PORT, PowerRegisters};
+pub use map::{ACPI_BASE, ACPI_END, DEVICE_WINDOW, EBDA_BASE, MemoryKind, MemoryRange, memory_map};
+pub use power::{POWER_BUTTON_GSI, POWER_PORT, POWER_PORTS, PowerRegisters};

@@ -1,5 +1,7 @@
 //! The map of guest-physical memory.
 
+use std::ops::Range;
+
 use tenon_core::Ram;
 
 /// Where the range that PC firmware keeps for itself begins.
@@ -8,6 +10,9 @@ pub const EBDA_BASE: u64 = 0x9_fc00;
 pub const ACPI_BASE: u64 = 0xe_0000;
 /// The end of the range for ACPI tables.
 pub const ACPI_END: u64 = 0x10_0000;
+
+/// Where register ranges are placed that leave their place to the host. The rest of the hole below 4 GiB is kept for PCI, and for interrupt controllers at its end.
+pub const DEVICE_WINDOW: Range<u64> = 0xd000_0000..0xe000_0000;
 
 /// What a range of memory is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

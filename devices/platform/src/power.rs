@@ -16,7 +16,7 @@ use tenon_core::{IrqLine, Lifecycle, Region, Request, Requests};
 /// The first of the four ports.
 pub const POWER_PORT: u16 = 0x600;
 /// How many ports.
-pub(crate) const POWER_PORTS: u16 = 4;
+pub const POWER_PORTS: u16 = 4;
 /// The line that tells of events.
 pub const POWER_BUTTON_GSI: u32 = 9;
 /// The sleep type of S5, soft off.

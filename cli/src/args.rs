@@ -1,0 +1,332 @@
+//! The command line: every option, its help and its parsing.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+
+/// Run virtual machines made of plugins.
+#[derive(Debug, Parser)]
+#[command(name = "tenon", version, max_term_width = 100, after_help = EXAMPLES)]
+pub(crate) struct Cli {
+    /// What is logged to stderr: `error`, `warn`, `info`, `debug`, `trace`, or rules such as `warn,tenon_soft=debug`.
+    #[arg(long, global = true, value_name = "RULES", env = "TENON_LOG", default_value = "warn")]
+    pub(crate) log: String,
+
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  tenon run --kernel vmlinuz --initrd initramfs.gz      boot Linux on this terminal
+  tenon run --kernel vmlinuz --cpus 4 --memory 2G       with four vCPUs and 2 GiB
+  tenon plugin new beeper --kind device                 begin a device of your own
+  tenon doctor                                          what this host offers
+
+Exit status of `tenon run`: 0 after the guest powered off; the guest's own status when it used the exit
+device; 1 after an error or a crashed guest; 2 when the command line is wrong; 3 when the guest asked
+for a reset (unless `--on-reset restart`).";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Start a machine and stay with it until it ends
+    Run(Box<RunArgs>),
+    /// Say what this host offers and what is missing
+    Doctor(DoctorArgs),
+    /// Make, build, test and look at plugins
+    #[command(subcommand)]
+    Plugin(PluginCommand),
+    /// Print the completions of a shell
+    #[command(after_help = "Example:\n  tenon completions bash > ~/.local/share/bash-completion/completions/tenon")]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Which engine runs the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum EngineChoice {
+    /// KVM where it runs guest kernels at hardware speed, else the software engine
+    Auto,
+    /// The kernel's virtual machine monitor
+    Kvm,
+    /// The software engine: runs anywhere
+    Soft,
+}
+
+/// What guests see of time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ClockChoice {
+    /// The host's time
+    Real,
+    /// Time counted in instructions: the same run every time (software engine only)
+    Icount,
+}
+
+/// What CPUID shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CpuChoice {
+    /// The same on every host and engine
+    Baseline,
+    /// Everything that the engine can give on this host
+    Max,
+}
+
+/// What a guest's reset does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OnReset {
+    /// End `tenon run` with status 3
+    Exit,
+    /// Start the guest again
+    Restart,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct RunArgs {
+    /// The image that the personality loads as `kernel`: a bzImage, an ELF file, or what else it knows
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Guest")]
+    pub(crate) kernel: PathBuf,
+    /// The initial RAM disk
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Guest")]
+    pub(crate) initrd: Option<PathBuf>,
+    /// The guest's command line [default for linux: console=ttyS0]
+    #[arg(long, value_name = "TEXT", help_heading = "Guest")]
+    pub(crate) cmdline: Option<String>,
+    /// The plugin that understands the image, with its options: `linux`, or `flat,mode=real`
+    #[arg(long, value_name = "ID[,KEY=VALUE…]", default_value = "linux", help_heading = "Guest")]
+    pub(crate) personality: PluginSpec,
+
+    /// What runs the guest
+    #[arg(long, value_enum, default_value = "auto", help_heading = "Machine")]
+    pub(crate) engine: EngineChoice,
+    /// How many vCPUs, 1 to 64
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64), help_heading = "Machine")]
+    pub(crate) cpus: u8,
+    /// How much memory: bytes, or with K, M, G
+    #[arg(long, value_name = "SIZE", default_value = "512M", help_heading = "Machine")]
+    pub(crate) memory: Size,
+    /// What CPUID shows
+    #[arg(long, value_enum, default_value = "baseline", help_heading = "Machine")]
+    pub(crate) cpu: CpuChoice,
+    /// What guests see of time
+    #[arg(long, value_enum, default_value = "real", help_heading = "Machine")]
+    pub(crate) clock: ClockChoice,
+    /// What a guest's reset does
+    #[arg(long, value_enum, default_value = "exit", help_heading = "Machine")]
+    pub(crate) on_reset: OnReset,
+
+    /// Add a device, by plugin id or path, with its settings. Every machine has `serial` and `rtc`; naming one of them replaces it
+    #[arg(long = "device", value_name = "ID[,KEY=VALUE…]", help_heading = "Devices")]
+    pub(crate) devices: Vec<PluginSpec>,
+    /// Leave out `serial` and `rtc` where they are not named
+    #[arg(long, help_heading = "Devices")]
+    pub(crate) no_default_devices: bool,
+    /// What the guest's console is connected to: `stdio` (escape Ctrl-B, `Ctrl-B ?` lists), `pty`, `file:FILE` or `none`
+    #[arg(long, value_name = "WHERE", default_value = "stdio", help_heading = "Devices")]
+    pub(crate) console: ConsoleChoice,
+
+    #[command(flatten)]
+    pub(crate) plugins: PluginPlaces,
+    /// Run this plugin's native library instead of its component. Native plugins are trusted with the whole process
+    #[arg(long, value_name = "ID", help_heading = "Plugins")]
+    pub(crate) allow_native: Vec<String>,
+
+    /// Write what happened to FILE as JSON when the machine ends
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Output")]
+    pub(crate) summary: Option<PathBuf>,
+}
+
+/// Where plugins are looked for.
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct PluginPlaces {
+    /// Look for plugins in DIR first; then in TENON_PLUGIN_PATH, beside this program, and in ~/.local/share/tenon/plugins
+    #[arg(long = "plugin-dir", value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = "Plugins")]
+    pub(crate) dirs: Vec<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct DoctorArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum PluginCommand {
+    /// Begin a plugin: a crate that builds, passes its tests and runs in a machine
+    New {
+        /// The plugin's id: lower-case letters, digits and hyphens
+        name: String,
+        /// What it is
+        #[arg(long, value_enum)]
+        kind: KindChoice,
+        /// Where to make it [default: a folder of that name here]
+        #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+        dir: Option<PathBuf>,
+        /// The folder of the tenon-sdk crate [default: that of the source tree of this program]
+        #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+        sdk: Option<PathBuf>,
+    },
+    /// Build a plugin into a folder and a `.tenon` archive
+    Build {
+        /// The plugin's crate
+        #[arg(default_value = ".", value_hint = ValueHint::DirPath)]
+        dir: PathBuf,
+        /// Build the native library as well
+        #[arg(long)]
+        native: bool,
+        /// Where to put the plugin [default: `plugins` in cargo's target folder]
+        #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+        out: Option<PathBuf>,
+    },
+    /// Show a plugin's permissions, limits, digest and schema
+    Inspect {
+        /// A plugin id, folder or `.tenon` archive
+        plugin: String,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        places: PluginPlaces,
+    },
+    /// Run a plugin's own tests, then try its component as a machine would
+    Test {
+        /// The plugin's crate
+        #[arg(default_value = ".", value_hint = ValueHint::DirPath)]
+        dir: PathBuf,
+    },
+    /// List the plugins that are found
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        places: PluginPlaces,
+    },
+}
+
+/// A kind of plugin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KindChoice {
+    /// Registers, interrupts, timers, channels
+    Device,
+    /// Loads a guest OS
+    Personality,
+}
+
+/// A plugin with its settings: `ID[,KEY=VALUE…]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct PluginSpec {
+    /// The id, or a path to a folder or archive.
+    pub(crate) plugin: String,
+    /// The settings in order.
+    pub(crate) settings: Vec<(String, String)>,
+}
+
+impl FromStr for PluginSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut parts = text.split(',');
+        let plugin = parts.next().unwrap_or_default();
+        if plugin.is_empty() {
+            return Err("the plugin's id is missing; write ID or ID,KEY=VALUE,…".into());
+        }
+        let mut settings: Vec<(String, String)> = Vec::new();
+        for part in parts {
+            let Some((key, value)) = part.split_once('=').filter(|(key, _)| !key.is_empty()) else {
+                return Err(format!("`{part}` is not KEY=VALUE"));
+            };
+            if settings.iter().any(|(other, _)| other == key) {
+                return Err(format!("`{key}` is given twice"));
+            }
+            settings.push((key.to_owned(), value.to_owned()));
+        }
+        Ok(Self { plugin: plugin.to_owned(), settings })
+    }
+}
+
+/// A number of bytes: `1048576`, `1024K`, `512M`, `2G`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Size(pub(crate) u64);
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("`{text}` is not a size; write bytes, or a number with K, M or G, such as 512M");
+        let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+        let shift = match text[digits.len()..].to_ascii_lowercase().as_str() {
+            "" | "b" => 0,
+            "k" | "kib" => 10,
+            "m" | "mib" => 20,
+            "g" | "gib" => 30,
+            _ => return Err(wrong()),
+        };
+        let number: u64 = digits.parse().map_err(|_| wrong())?;
+        number.checked_mul(1 << shift).map(Size).ok_or_else(|| format!("`{text}` is more than 16 EiB"))
+    }
+}
+
+/// What the console is connected to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum ConsoleChoice {
+    /// This process's standard input and output.
+    Stdio,
+    /// A new pseudo-terminal, whose name is printed.
+    Pty,
+    /// Output to a file, which is made anew; no input.
+    File(PathBuf),
+    /// Nothing: output is thrown away.
+    None,
+}
+
+impl FromStr for ConsoleChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "stdio" => Ok(Self::Stdio),
+            "pty" => Ok(Self::Pty),
+            "none" => Ok(Self::None),
+            _ => match text.strip_prefix("file:") {
+                Some("") => Err("`file:` needs a path: file:console.log".into()),
+                Some(path) => Ok(Self::File(path.into())),
+                None => Err(format!("`{text}` is not one of stdio, pty, file:FILE, none")),
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_have_binary_units() {
+        for (text, size) in [("4096", 4096), ("1k", 1024), ("512M", 512 << 20), ("2GiB", 2 << 30)] {
+            assert_eq!(text.parse(), Ok(Size(size)));
+        }
+        for text in ["", "M", "-1M", "1.5G", "1T", "99999999999G", "0x10"] {
+            assert!(text.parse::<Size>().is_err(), "{text} was accepted");
+        }
+    }
+
+    #[test]
+    fn a_plugin_is_an_id_with_settings() {
+        let spec: PluginSpec = "serial,base=0x2f8,irq=3".parse().unwrap();
+        assert_eq!(spec.plugin, "serial");
+        assert_eq!(spec.settings, [("base".into(), "0x2f8".into()), ("irq".into(), "3".into())]);
+        for text in ["", ",a=1", "serial,base", "serial,=1", "serial,a=1,a=2"] {
+            assert!(text.parse::<PluginSpec>().is_err(), "{text} was accepted");
+        }
+    }
+}

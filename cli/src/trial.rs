@@ -1,0 +1,151 @@
+//! `tenon plugin test`: a built component, tried as a machine would use it, with a hostile guest.
+
+use std::sync::Arc;
+
+use anyhow::{Result, bail, ensure};
+use tenon_abi::{Machine as MachineDescription, MemoryKind, MemoryRange};
+use tenon_core::{Bus, Clock, InterruptController, Interrupts, Lifecycle, Msi, Ram, Requests, Space};
+use tenon_plugins::{GuestError, Image, Kind, MachineParts, Plugin, Status};
+
+/// How many random accesses a device is given in each round.
+const ACCESSES: u32 = 20_000;
+/// How many garbage images a personality is given.
+const IMAGES: u32 = 200;
+
+/// Interrupts that go nowhere.
+struct Nowhere;
+
+impl InterruptController for Nowhere {
+    fn set_line(&self, _: u32, _: bool) {}
+    fn signal_msi(&self, _: Msi) {}
+}
+
+/// Numbers that are the same in every trial: xorshift64* (Vigna 2016).
+struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    fn below(&mut self, end: u64) -> u64 {
+        self.next() % end.max(1)
+    }
+}
+
+/// Tries a plugin with its default settings. Returns what was done, a line each.
+pub(crate) fn run(plugin: &Arc<Plugin>) -> Result<Vec<String>> {
+    match plugin.manifest().kind {
+        Kind::Device => device(plugin),
+        Kind::Personality => personality(plugin),
+    }
+}
+
+fn device(plugin: &Arc<Plugin>) -> Result<Vec<String>> {
+    let parts = MachineParts {
+        pio: Bus::new(Space::Pio),
+        mmio: Bus::new(Space::Mmio),
+        interrupts: Interrupts::new(Arc::new(Nowhere)),
+        clock: Clock::virtual_time(),
+        requests: Requests::new(),
+        mmio_window: 0xd000_0000..0xe000_0000,
+    };
+    let device = plugin.attach("trial", &[], &parts)?;
+    let life: &dyn Lifecycle = &*device;
+    let description = device.description();
+    let mut said = vec![format!("attached with {} register ranges and {} lines", description.regions.len(), description.lines.len())];
+    let power_on = life.save().map_err(|text| anyhow::anyhow!("save after start: {text}"))?;
+    let mut numbers = Numbers(0x7e17);
+    for round in 0..3 {
+        for _ in 0..ACCESSES {
+            access(&device, &parts, &mut numbers);
+        }
+        ensure!(
+            device.status() == Status::Running && device.usage().faults == 0,
+            "random accesses made the device fault {} times (see the log above)",
+            device.usage().faults
+        );
+        let (schema, state) = life.save().map_err(|text| anyhow::anyhow!("save in round {round}: {text}"))?;
+        life.restore(schema, &state).map_err(|text| anyhow::anyhow!("its own state is refused: {text}"))?;
+        let again = life.save().map_err(|text| anyhow::anyhow!("save after restore: {text}"))?;
+        ensure!(again == (schema, state), "a state that was saved, restored and saved again is not the same");
+    }
+    said.push(format!("{} random accesses, no fault; states restore to the same", 3 * ACCESSES));
+    life.reset();
+    let after = life.save().map_err(|text| anyhow::anyhow!("save after reset: {text}"))?;
+    ensure!(after == power_on, "the state after a reset is not the state after power-on");
+    said.push("a reset gives the state after power-on".into());
+    let (schema, state) = power_on;
+    let mut refused = 0;
+    for length in 0..state.len() {
+        refused += u32::from(life.restore(schema, &state[..length]).is_err());
+    }
+    ensure!(usize::try_from(refused)? == state.len(), "{} of {} truncated states were accepted", state.len() - usize::try_from(refused)?, state.len());
+    ensure!(life.restore(schema + 1, &state).is_err(), "a state of schema {} was accepted by schema {schema}", schema + 1);
+    ensure!(device.usage().faults == 0, "a damaged state made the device fault");
+    said.push(format!("{refused} truncated states and one of a newer schema refused"));
+    Ok(said)
+}
+
+fn access(device: &tenon_plugins::Device, parts: &MachineParts, numbers: &mut Numbers) {
+    let regions = &device.description().regions;
+    if numbers.below(16) == 0 {
+        parts.clock.advance_to(parts.clock.now() + numbers.below(50_000_000));
+    }
+    if numbers.below(16) == 0
+        && let Some(channel) = device.channels().first()
+    {
+        channel.push(&numbers.next().to_le_bytes());
+    }
+    if regions.is_empty() {
+        return;
+    }
+    let region = &regions[usize::try_from(numbers.below(regions.len() as u64)).unwrap_or(0)];
+    let (bus, widest) = match region.space {
+        tenon_abi::Space::Pio => (&parts.pio, 3),
+        tenon_abi::Space::Mmio => (&parts.mmio, 4),
+    };
+    let size = 1u8 << numbers.below(widest);
+    let address = region.base.unwrap_or_default() + numbers.below(region.size);
+    if numbers.below(2) == 0 {
+        let _ = bus.read(address, size);
+    } else {
+        let value = match numbers.below(4) {
+            0 => 0,
+            1 => u64::MAX,
+            _ => numbers.next(),
+        };
+        bus.write(address, size, value);
+    }
+}
+
+fn personality(plugin: &Arc<Plugin>) -> Result<Vec<String>> {
+    let size = 64 << 20;
+    let memory = vec![MemoryRange { start: 0, size, kind: MemoryKind::Ram }];
+    let machine = MachineDescription { vcpus: 1, memory, rsdp: None };
+    let ram = Ram::new(size)?;
+    let mut numbers = Numbers(0x7e17);
+    let (mut refused, mut taken) = (0, 0);
+    for number in 0..IMAGES {
+        let length = usize::try_from(numbers.below(1 << (number % 17)))?;
+        let mut bytes: Vec<u8> = (0..length).map(|_| numbers.next().to_le_bytes()[0]).collect();
+        // Half of them begin as an ELF file does, so that more than the first check is reached.
+        if number % 2 == 0 {
+            bytes.splice(0..length.min(20), *b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0");
+        }
+        match plugin.load_guest(&machine, &ram, vec![Image::from_bytes("kernel", bytes)], &[]) {
+            Ok(_) => taken += 1,
+            Err(GuestError::Refused { .. }) => refused += 1,
+            Err(error) => bail!("a damaged image of {length} bytes made the personality fail: {error}"),
+        }
+    }
+    match plugin.load_guest(&machine, &ram, Vec::new(), &[]) {
+        Ok(_) => bail!("it loads a guest without any image"),
+        Err(GuestError::Refused { .. }) => {}
+        Err(error) => bail!("without images the personality fails instead of refusing: {error}"),
+    }
+    Ok(vec![format!("{IMAGES} damaged images: {refused} refused, {taken} loaded, no fault; no image: refused")])
+}
