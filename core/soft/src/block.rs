@@ -359,7 +359,10 @@ impl Cpu {
                 second = next_phys;
                 continue;
             }
-            let Lowered { op, ends, fuse } = lowering.lower(&mut self.blocks, &insn);
+            let Lowered { op, ends, fuse, quiet } = lowering.lower(&mut self.blocks, &insn, ops.len());
+            if let Some((at, run)) = quiet {
+                ops[at].run = run;
+            }
             if let (Some(run), Some(before)) = (fuse, ops.last_mut()) {
                 before.run = run;
             }

@@ -202,6 +202,9 @@ pub(crate) struct Cpu {
     pub(crate) icount: u64,
     /// The count beyond which no block runs.
     pub(crate) limit: u64,
+    /// The count up to which blocks enter the next themselves, without a detour through the dispatch loop. It bounds how deep handlers
+    /// nest where the compiler makes no jumps of their tail calls.
+    pub(crate) burst: u64,
     /// Why a block's last handler gave no next block: a constant of [`crate::exec`].
     pub(crate) exit: u8,
     /// What the failed memory access or instruction raised, for the dispatch loop.

@@ -12,6 +12,7 @@ use crate::cpu::{Cpu, Fault, RIP, efer, fl, mode};
 use crate::exception;
 use crate::flags::Lazy;
 use crate::mem::Tlb;
+use crate::ops::BURST;
 use crate::turns::SLICE;
 use crate::vm::{EV_INBOX, EV_KICK, Notice, VmShared};
 
@@ -34,6 +35,7 @@ impl Cpu {
             rflags: 2,
             icount: 0,
             limit: u64::MAX,
+            burst: 0,
             exit: LOOK_UP,
             fault: Fault::UD,
             start_rip: 0,
@@ -256,6 +258,7 @@ impl Cpu {
             }
             self.block = block;
             self.icount += count;
+            self.burst = self.limit.min(self.icount + BURST);
             let first = Block::first(block);
             // SAFETY: as above; the op's handler was made for it.
             block = unsafe { ((*first).run)(self, first) };
@@ -304,6 +307,7 @@ impl Cpu {
         };
         self.block = block;
         self.icount += 1;
+        self.burst = self.icount;
         let first = Block::first(block);
         // SAFETY: as in `run_blocks`.
         unsafe { ((*first).run)(self, first) };

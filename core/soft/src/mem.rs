@@ -18,7 +18,7 @@ use std::sync::atomic::Ordering;
 
 use crate::cpu::{Cpu, Fault, SS, efer, mode};
 use crate::paging;
-use crate::vm::Notice;
+use crate::vm::{EV_CLOCK, Notice};
 
 /// Entries per privilege.
 const ENTRIES: usize = 1024;
@@ -296,6 +296,40 @@ impl Cpu {
         Ok(keep)
     }
 
+    /// Reads 16 bytes at the current privilege, like [`Cpu::load`]. Not atomic.
+    #[inline(always)]
+    pub(crate) fn load_wide(&mut self, address: u64) -> Result<u128, Trap> {
+        // SAFETY: as in `load`.
+        unsafe {
+            let entry = Self::entry(self.tlb, address);
+            if (*entry).read == address.wrapping_add(15) & PAGE {
+                let p: *const u8 =
+                    std::ptr::with_exposed_provenance(address.wrapping_add((*entry).addend) as usize);
+                return Ok(u128::from(u64::load(p)) | u128::from(u64::load(p.add(8))) << 64);
+            }
+        }
+        let mut bytes = [0; 16];
+        self.read_bytes(address, &mut bytes).map_err(|fault| self.trap(fault))?;
+        Ok(u128::from_le_bytes(bytes))
+    }
+
+    /// Writes 16 bytes at the current privilege, like [`Cpu::store`]. Not atomic.
+    #[inline(always)]
+    pub(crate) fn store_wide(&mut self, address: u64, value: u128) -> Result<(), Trap> {
+        // SAFETY: as in `load`.
+        unsafe {
+            let entry = Self::entry(self.tlb, address);
+            if (*entry).write == address.wrapping_add(15) & PAGE {
+                let p: *mut u8 =
+                    std::ptr::with_exposed_provenance_mut(address.wrapping_add((*entry).addend) as usize);
+                u64::store(p, value as u64);
+                u64::store(p.add(8), (value >> 64) as u64);
+                return Ok(());
+            }
+        }
+        self.write_bytes(address, &value.to_le_bytes()).map_err(|fault| self.trap(fault))
+    }
+
     #[cold]
     #[inline(never)]
     fn load_slow(&mut self, address: u64, size: u64) -> Result<u64, Trap> {
@@ -374,6 +408,8 @@ impl Cpu {
 
     /// Reads bytes at the current privilege (at most a page).
     pub(crate) fn read_bytes(&mut self, address: u64, out: &mut [u8]) -> Result<(), Fault> {
+        self.check_last(address, (out.len() as u64).max(1))?;
+        self.check_last(address, (out.len() as u64).max(1))?;
         let mut done = 0;
         while done < out.len() {
             let n = (out.len() - done).min(8);
@@ -388,6 +424,7 @@ impl Cpu {
     /// Writes bytes at the current privilege (at most a page); all of them or, on a fault, none.
     pub(crate) fn write_bytes(&mut self, address: u64, bytes: &[u8]) -> Result<(), Fault> {
         let user = self.cpl == 3;
+        self.check_last(address, (bytes.len() as u64).max(1))?;
         self.probe_write_as(address, (bytes.len() as u64).max(1), user)?;
         let mut done = 0;
         while done < bytes.len() {
@@ -621,7 +658,15 @@ impl Cpu {
         self.blocks.new_context();
     }
 
+    /// Device registers may arm timers: by instruction count the block ends, and the deadlines are looked at again.
+    fn io_clock(&self) {
+        if self.vm.turns.is_some() {
+            self.shared.event.fetch_or(EV_CLOCK, Ordering::Relaxed);
+        }
+    }
+
     fn io_read(&mut self, phys: u64, size: u64) -> u64 {
+        self.io_clock();
         if phys & PAGE == crate::apic::APIC_BASE && self.lapic.is_mapped() {
             let shift = 8 * (phys & 3);
             return u64::from(self.lapic.mmio_read(phys & 0xffc)) >> shift;
@@ -630,6 +675,7 @@ impl Cpu {
     }
 
     fn io_write(&mut self, phys: u64, size: u64, value: u64) {
+        self.io_clock();
         if phys & PAGE == crate::apic::APIC_BASE && self.lapic.is_mapped() {
             let effect = self.lapic.mmio_write(phys & 0xffc, value as u32);
             self.vm.chip.apply(effect);

@@ -10,11 +10,12 @@ use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
 
 use super::Context;
 use crate::block::{Op, Run};
-use crate::cpu::{RIP, SS, ZERO};
+use crate::cpu::{RIP, SS, ZERO, fl};
 use crate::flags::sign_extend;
 use crate::operand::{by_size, data_segment, locate, size_of_operand};
 use crate::ops::flow::{self, MemImm, MemReg, RegImm, RegMem, RegReg};
 use crate::ops::int::{self, Base, Indexed, Segmented};
+use crate::ops::sse;
 use crate::ops::{self, nothing};
 use crate::slow::condition_of;
 
@@ -208,8 +209,8 @@ pub(super) fn lower(context: &mut Context, insn: &Instruction, fuse: &mut Option
             op.seg = SS as u8;
             int::leave
         }
-        M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror => shift(&mut op, insn)?,
-        M::Inc | M::Dec | M::Neg | M::Not => unary(&mut op, insn)?,
+        M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror => shift(context, &mut op, insn)?,
+        M::Inc | M::Dec | M::Neg | M::Not => unary(context, &mut op, insn)?,
         M::Imul => imul(&mut op, insn)?,
         M::Mul => {
             let (a, log2) = reg_operand(insn, 0)?;
@@ -247,7 +248,8 @@ pub(super) fn lower(context: &mut Context, insn: &Instruction, fuse: &mut Option
             }
         }
         M::Jmp | M::Call | M::Ret => flow(context, &mut op, insn)?,
-        _ => conditional(context, &mut op, insn, compared, fuse)?,
+        _ if condition_of(insn).is_some() => conditional(context, &mut op, insn, compared, fuse)?,
+        _ => sse(&mut op, insn)?,
     };
     op.run = run;
     Some(op)
@@ -372,18 +374,17 @@ fn extend(op: &mut Op, insn: &Instruction) -> Option<Run> {
     })
 }
 
-fn shift(op: &mut Op, insn: &Instruction) -> Option<Run> {
+fn shift(context: &mut Context, op: &mut Op, insn: &Instruction) -> Option<Run> {
     let (a, log2) = reg_operand(insn, 0)?;
     op.a = a;
     if insn.op1_kind() == OpKind::Register {
-        op.b = match insn.mnemonic() {
-            M::Rol => 0,
-            M::Ror => 1,
-            M::Shr => 5,
-            M::Sar => 7,
-            _ => 4,
-        };
-        return Some(by_size!(log2, T => int::shift_cl::<T> as Run));
+        op.b = u8::from(insn.mnemonic() == M::Ror);
+        return Some(match insn.mnemonic() {
+            M::Rol | M::Ror => by_size!(log2, T => int::rotate_cl::<T> as Run),
+            M::Shr => by_size!(log2, T => int::shr_cl::<T> as Run),
+            M::Sar => by_size!(log2, T => int::sar_cl::<T> as Run),
+            _ => by_size!(log2, T => int::shl_cl::<T> as Run),
+        });
     }
     let count = insn.try_immediate(1).ok()? & if log2 == 3 { 63 } else { 31 };
     op.imm = count;
@@ -397,16 +398,24 @@ fn shift(op: &mut Op, insn: &Instruction) -> Option<Run> {
         M::Sar => by_size!(log2, T => int::sar_ri::<T> as Run),
         M::Rol | M::Ror => {
             op.b = u8::from(insn.mnemonic() == M::Ror);
+            if count % (8 << log2) != 0 {
+                context.quiet = Some((by_size!(log2, T => int::rotate_quiet::<T> as Run), fl::CF | fl::OF));
+            }
             by_size!(log2, T => int::rotate_ri::<T> as Run)
         }
         _ => by_size!(log2, T => int::shl_ri::<T> as Run),
     })
 }
 
-fn unary(op: &mut Op, insn: &Instruction) -> Option<Run> {
+fn unary(context: &mut Context, op: &mut Op, insn: &Instruction) -> Option<Run> {
     let log2 = size_of_operand(insn, 0);
     if let Some((a, _)) = reg_operand(insn, 0) {
         op.a = a;
+        context.quiet = match insn.mnemonic() {
+            M::Inc => Some((by_size!(log2, T => int::inc_quiet::<T> as Run), fl::ARITH & !fl::CF)),
+            M::Dec => Some((by_size!(log2, T => int::dec_quiet::<T> as Run), fl::ARITH & !fl::CF)),
+            _ => None,
+        };
         return Some(match insn.mnemonic() {
             M::Inc => by_size!(log2, T => int::inc_r::<T> as Run),
             M::Dec => by_size!(log2, T => int::dec_r::<T> as Run),
@@ -588,6 +597,174 @@ fn fused(comparison: Comparison, cc: u8) -> Option<Run> {
         (true, 3) => shapes!(u64, test_jcc),
         _ => None,
     }
+}
+
+/// The number of an XMM register.
+fn xmm(insn: &Instruction, i: u32) -> Option<u8> {
+    let register = insn.op_register(i);
+    (insn.op_kind(i) == OpKind::Register && register.is_xmm()).then(|| register.number() as u8)
+}
+
+fn sse(op: &mut Op, insn: &Instruction) -> Option<Run> {
+    use iced_x86::Code as C;
+    Some(match insn.code() {
+        C::Movups_xmm_xmmm128 | C::Movupd_xmm_xmmm128 | C::Movdqu_xmm_xmmm128 => {
+            op.a = xmm(insn, 0)?;
+            if let Some(b) = xmm(insn, 1) {
+                op.b = b;
+                sse::mov_rr
+            } else {
+                let form = memory(op, insn)?;
+                by_form!(form, A => sse::load::<A, false> as Run)
+            }
+        }
+        C::Movaps_xmm_xmmm128 | C::Movapd_xmm_xmmm128 | C::Movdqa_xmm_xmmm128 => {
+            op.a = xmm(insn, 0)?;
+            if let Some(b) = xmm(insn, 1) {
+                op.b = b;
+                sse::mov_rr
+            } else {
+                let form = memory(op, insn)?;
+                by_form!(form, A => sse::load::<A, true> as Run)
+            }
+        }
+        C::Movups_xmmm128_xmm | C::Movupd_xmmm128_xmm | C::Movdqu_xmmm128_xmm
+            if insn.op0_kind() == OpKind::Memory =>
+        {
+            op.a = xmm(insn, 1)?;
+            let form = memory(op, insn)?;
+            by_form!(form, A => sse::store::<A, false> as Run)
+        }
+        C::Movaps_xmmm128_xmm | C::Movapd_xmmm128_xmm | C::Movdqa_xmmm128_xmm
+            if insn.op0_kind() == OpKind::Memory =>
+        {
+            op.a = xmm(insn, 1)?;
+            let form = memory(op, insn)?;
+            by_form!(form, A => sse::store::<A, true> as Run)
+        }
+        C::Movq_xmm_xmmm64 | C::Movsd_xmm_xmmm64 | C::Movq_xmm_rm64 if insn.op1_kind() == OpKind::Memory => {
+            op.a = xmm(insn, 0)?;
+            let form = memory(op, insn)?;
+            by_form!(form, A => sse::load_low::<u64, A> as Run)
+        }
+        C::Movss_xmm_xmmm32 | C::Movd_xmm_rm32 if insn.op1_kind() == OpKind::Memory => {
+            op.a = xmm(insn, 0)?;
+            let form = memory(op, insn)?;
+            by_form!(form, A => sse::load_low::<u32, A> as Run)
+        }
+        C::Movq_xmmm64_xmm
+        | C::Movsd_xmmm64_xmm
+        | C::Movq_rm64_xmm
+        | C::Movlps_m64_xmm
+        | C::Movlpd_m64_xmm
+            if insn.op0_kind() == OpKind::Memory =>
+        {
+            op.a = xmm(insn, 1)?;
+            let form = memory(op, insn)?;
+            by_form!(form, A => sse::store_low::<u64, A> as Run)
+        }
+        C::Movss_xmmm32_xmm | C::Movd_rm32_xmm if insn.op0_kind() == OpKind::Memory => {
+            op.a = xmm(insn, 1)?;
+            let form = memory(op, insn)?;
+            by_form!(form, A => sse::store_low::<u32, A> as Run)
+        }
+        C::Movhps_m64_xmm | C::Movhpd_m64_xmm => {
+            op.a = xmm(insn, 1)?;
+            let form = memory(op, insn)?;
+            by_form!(form, A => sse::store_high::<A> as Run)
+        }
+        C::Movq_xmm_rm64 => {
+            (op.a, op.b) = (xmm(insn, 0)?, reg_operand(insn, 1)?.0);
+            sse::from_gpr::<u64>
+        }
+        C::Movd_xmm_rm32 => {
+            (op.a, op.b) = (xmm(insn, 0)?, reg_operand(insn, 1)?.0);
+            sse::from_gpr::<u32>
+        }
+        C::Movq_rm64_xmm => {
+            (op.a, op.b) = (reg_operand(insn, 0)?.0, xmm(insn, 1)?);
+            sse::to_gpr::<u64>
+        }
+        C::Movd_rm32_xmm => {
+            (op.a, op.b) = (reg_operand(insn, 0)?.0, xmm(insn, 1)?);
+            sse::to_gpr::<u32>
+        }
+        C::Pxor_xmm_xmmm128 | C::Xorps_xmm_xmmm128 | C::Xorpd_xmm_xmmm128 => {
+            (op.a, op.b) = (xmm(insn, 0)?, xmm(insn, 1)?);
+            sse::xor_rr
+        }
+        C::Por_xmm_xmmm128 | C::Orps_xmm_xmmm128 | C::Orpd_xmm_xmmm128 => {
+            (op.a, op.b) = (xmm(insn, 0)?, xmm(insn, 1)?);
+            sse::or_rr
+        }
+        C::Pcmpeqb_xmm_xmmm128 => {
+            op.a = xmm(insn, 0)?;
+            if let Some(b) = xmm(insn, 1) {
+                op.b = b;
+                sse::equal_bytes_rr
+            } else {
+                let form = memory(op, insn)?;
+                by_form!(form, A => sse::equal_bytes_rm::<A> as Run)
+            }
+        }
+        C::Pmovmskb_r32_xmm | C::Pmovmskb_r64_xmm => {
+            (op.a, op.b) = (reg_operand(insn, 0)?.0, xmm(insn, 1)?);
+            sse::byte_mask
+        }
+        _ => return None,
+    })
+}
+
+/// Follows which op's flags nobody has looked at yet. If `insn` overwrites them, and nothing in between could fault, that op needs no flags:
+/// gives its index and its handler without.
+pub(super) fn watch_flags(
+    context: &mut Context,
+    insn: &Instruction,
+    op: Option<&Op>,
+    index: usize,
+) -> Option<(usize, Run)> {
+    let fresh = context.quiet.take();
+    let mut found = None;
+    if let Some((at, run, bits)) = context.unseen.take() {
+        let fast_and_sure = op.is_none_or(|op| {
+            let run = op.run as usize;
+            run != ops::plain as Run as usize
+                && run != ops::fp as Run as usize
+                && run != ops::strings as Run as usize
+        }) && (0..insn.op_count())
+            .all(|i| insn.op_kind(i) != OpKind::Memory || insn.mnemonic() == M::Lea)
+            && !insn.is_stack_instruction()
+            && !context.branched
+            && !(0..insn.op_count()).any(|i| insn.op_register(i).is_vector_register());
+        let read = flag_bits(insn.rflags_read());
+        let written = flag_bits(
+            insn.rflags_written()
+                | insn.rflags_cleared()
+                | insn.rflags_set()
+                | insn.rflags_undefined() & iced_x86::RflagsBits::AF,
+        );
+        if fast_and_sure && read & bits == 0 {
+            if written & bits == bits
+                && !matches!(insn.mnemonic(), M::Shl | M::Shr | M::Sar | M::Sal | M::Rol | M::Ror)
+            {
+                found = Some((at, run));
+            } else if written & bits == 0 {
+                context.unseen = Some((at, run, bits));
+            }
+        }
+    }
+    if let Some((run, bits)) = fresh {
+        context.unseen = Some((index, run, bits));
+    }
+    found
+}
+
+fn flag_bits(bits: u32) -> u64 {
+    use iced_x86::RflagsBits as R;
+    [(R::CF, fl::CF), (R::PF, fl::PF), (R::AF, fl::AF), (R::ZF, fl::ZF), (R::SF, fl::SF), (R::OF, fl::OF)]
+        .into_iter()
+        .filter(|(bit, _)| bits & bit != 0)
+        .fold(0, |all, (_, bit)| all | bit)
 }
 
 /// Notes what an instruction leaves in the flags.

@@ -20,6 +20,8 @@ pub(crate) struct Lowered {
     pub(crate) ends: bool,
     /// What the op before becomes.
     pub(crate) fuse: Option<Run>,
+    /// An op further back, by index, that becomes another because nobody looks at its flags.
+    pub(crate) quiet: Option<(usize, Run)>,
 }
 
 /// What is known of the block that is being made.
@@ -32,6 +34,10 @@ pub(crate) struct Context {
     kind: u8,
     /// The comparison right before.
     compared: Option<fast::Comparison>,
+    /// The handler that the op being made may have if nobody looks at its flags, and which they are.
+    quiet: Option<(Run, u64)>,
+    /// The op to which that applies while nobody has looked: its index, the handler, the flags.
+    unseen: Option<(usize, Run, u64)>,
 }
 
 impl Context {
@@ -42,6 +48,8 @@ impl Context {
             direct: false,
             kind: flow::ANY,
             compared: None,
+            quiet: None,
+            unseen: None,
         }
     }
 
@@ -57,12 +65,13 @@ impl Context {
         }
     }
 
-    /// Makes an op of the next instruction.
-    pub(crate) fn lower(&mut self, cache: &mut BlockCache, insn: &Instruction) -> Lowered {
+    /// Makes an op of the next instruction, which will have this index.
+    pub(crate) fn lower(&mut self, cache: &mut BlockCache, insn: &Instruction, index: usize) -> Lowered {
         let mut fuse = None;
         let (op, ends) = self.pick(cache, insn, &mut fuse);
         fast::note_flags(self, insn);
-        Lowered { op, ends, fuse }
+        let quiet = fast::watch_flags(self, insn, op.as_ref(), index);
+        Lowered { op, ends, fuse, quiet }
     }
 
     fn pick(

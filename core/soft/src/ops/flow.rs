@@ -12,7 +12,7 @@
 )]
 
 use super::int::{Ea, get, set};
-use super::{fault, next};
+use super::{enter, fault, next};
 use crate::block::{Block, Op};
 use crate::cpu::{Cpu, Fault, RIP, RSP};
 use crate::flags::Lazy;
@@ -59,7 +59,7 @@ unsafe fn go(cpu: &mut Cpu, op: *const Op, taken: bool) -> *mut Block {
         if block.is_null() && (*op).seg >> way & 1 != 0 {
             cpu.blocks.pending = link;
         }
-        block
+        enter(cpu, block)
     }
 }
 
@@ -133,8 +133,9 @@ unsafe fn call_to(cpu: &mut Cpu, op: *const Op, target: u64) -> *mut Block {
         }
         cpu.gpr[RSP] = sp;
         cpu.gpr[RIP] = target;
+        let block = cpu.blocks.quick(target);
+        enter(cpu, block)
     }
-    cpu.blocks.quick(target)
 }
 
 /// CALL register.
@@ -164,7 +165,9 @@ unsafe fn jump_to(cpu: &mut Cpu, op: *const Op, target: u64) -> *mut Block {
         return unsafe { refuse(cpu, op) };
     }
     cpu.gpr[RIP] = target;
-    cpu.blocks.quick(target)
+    let block = cpu.blocks.quick(target);
+    // SAFETY: the caller's.
+    unsafe { enter(cpu, block) }
 }
 
 /// JMP register.
@@ -198,7 +201,8 @@ pub(crate) unsafe fn ret(cpu: &mut Cpu, op: *const Op) -> *mut Block {
         }
         cpu.gpr[RSP] = sp.wrapping_add((*op).imm);
         cpu.gpr[RIP] = target;
-        cpu.blocks.quick(target)
+        let block = cpu.blocks.quick(target);
+        enter(cpu, block)
     }
 }
 

@@ -309,7 +309,11 @@ handler! {
     push_m<A: Ea>(cpu, op) {
         let value = cpu.load::<u64>(A::of(cpu, op))?;
         let sp = cpu.gpr[RSP].wrapping_sub(8);
-        cpu.store::<u64>(sp, value)?;
+        if let Err(trap) = cpu.store::<u64>(sp, value) {
+            // The op's segment is that of the operand read.
+            if cpu.fault == crate::cpu::Fault::gp(0) { cpu.fault = crate::cpu::Fault::ss(0); }
+            return Err(trap);
+        }
         cpu.gpr[RSP] = sp;
     }
 }
@@ -368,28 +372,84 @@ handler! {
     }
 }
 handler! {
-    /// A shift or rotate of a register by CL; `b` says which.
-    shift_cl<T: Word>(cpu, op) {
-        let what = SHIFTS[(*op).b as usize & 7];
+    /// ROL or ROR as above, where the flags are overwritten before anybody looks.
+    rotate_quiet<T: Word>(cpu, op) {
+        let a = get::<T>(cpu, (*op).a).to_u64();
+        let bits = 8 * T::SIZE;
+        let left = if (*op).b == 0 { (*op).imm } else { bits.wrapping_sub((*op).imm) } & (bits - 1);
+        let r = if T::SIZE == 8 { a.rotate_left(left as u32) } else { a << left | a >> ((bits - left) & (bits - 1)) };
+        set(cpu, (*op).a, T::from_u64(r));
+    }
+}
+handler! {
+    /// SHL register, CL.
+    shl_cl<T: Word>(cpu, op) {
+        let a = get::<T>(cpu, (*op).a);
+        let count = cpu.gpr[RCX] & if T::SIZE == 8 { 63 } else { 31 };
+        if count != 0 {
+            let half = a.to_u64() << (count - 1);
+            let r = T::from_u64(half << 1);
+            flags::<T>(cpu, kind::SHL, r.sx(), T::from_u64(half).sx());
+            set(cpu, (*op).a, r);
+        } else {
+            set(cpu, (*op).a, a);
+        }
+    }
+}
+handler! {
+    /// SHR register, CL.
+    shr_cl<T: Word>(cpu, op) {
+        let a = get::<T>(cpu, (*op).a);
+        let count = cpu.gpr[RCX] & if T::SIZE == 8 { 63 } else { 31 };
+        if count != 0 {
+            let half = a.to_u64() >> (count - 1);
+            let r = T::from_u64(half >> 1);
+            flags::<T>(cpu, kind::SHR, r.sx(), half);
+            set(cpu, (*op).a, r);
+        } else {
+            set(cpu, (*op).a, a);
+        }
+    }
+}
+handler! {
+    /// SAR register, CL.
+    sar_cl<T: Word>(cpu, op) {
+        let a = get::<T>(cpu, (*op).a);
+        let count = cpu.gpr[RCX] & if T::SIZE == 8 { 63 } else { 31 };
+        if count != 0 {
+            let half = (a.sx() as i64) >> (count - 1);
+            let r = (half >> 1) as u64;
+            flags::<T>(cpu, kind::SAR, r, half as u64);
+            set(cpu, (*op).a, T::from_u64(r));
+        } else {
+            set(cpu, (*op).a, a);
+        }
+    }
+}
+handler! {
+    /// INC register, where the flags are overwritten before anybody looks.
+    inc_quiet<T: Word>(cpu, op) {
+        let r = get::<T>(cpu, (*op).a).to_u64().wrapping_add(1);
+        set(cpu, (*op).a, T::from_u64(r));
+    }
+}
+handler! {
+    /// DEC register, likewise.
+    dec_quiet<T: Word>(cpu, op) {
+        let r = get::<T>(cpu, (*op).a).to_u64().wrapping_sub(1);
+        set(cpu, (*op).a, T::from_u64(r));
+    }
+}
+handler! {
+    /// ROL or ROR of a register by CL; `b` says which.
+    rotate_cl<T: Word>(cpu, op) {
+        let what = if (*op).b == 0 { alu::Shift::Rol } else { alu::Shift::Ror };
         let before = cpu.lazy;
         let (r, lazy) = alu::shift(what, T::LOG2, get::<T>(cpu, (*op).a).to_u64(), cpu.gpr[RCX] & 0xff, before);
         cpu.lazy = lazy.unwrap_or(before);
         set(cpu, (*op).a, T::from_u64(r));
     }
 }
-
-/// The shifts in the order of [`Op::b`] of `shift_cl`.
-pub(crate) const SHIFTS: [alu::Shift; 8] = [
-    alu::Shift::Rol,
-    alu::Shift::Ror,
-    alu::Shift::Rcl,
-    alu::Shift::Rcr,
-    alu::Shift::Shl,
-    alu::Shift::Shr,
-    alu::Shift::Shl,
-    alu::Shift::Sar,
-];
-
 handler! {
     /// INC register.
     inc_r<T: Word>(cpu, op) {

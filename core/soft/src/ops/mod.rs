@@ -9,8 +9,11 @@
 pub(crate) mod flow;
 mod fp;
 pub(crate) mod int;
+pub(crate) mod sse;
 
 pub(crate) use fp::{Fp, fp};
+
+use std::sync::atomic::Ordering;
 
 use iced_x86::Instruction;
 
@@ -30,6 +33,28 @@ macro_rules! next {
     }};
 }
 pub(crate) use next;
+
+/// How many instructions run without a return to the dispatch loop.
+pub(crate) const BURST: u64 = 2048;
+
+/// Enters a block that was found or linked, if nothing is against it; else the dispatch loop sees to it.
+#[inline(always)]
+pub(crate) unsafe fn enter(cpu: &mut Cpu, block: *mut Block) -> *mut Block {
+    // SAFETY: blocks that were found or linked are in the arena.
+    unsafe {
+        if block.is_null() {
+            return block;
+        }
+        let after = cpu.icount + u64::from((*block).count);
+        if after > cpu.burst || cpu.shared.event.load(Ordering::Relaxed) != 0 {
+            return block;
+        }
+        cpu.icount = after;
+        cpu.block = block;
+        let first = Block::first(block);
+        ((*first).run)(cpu, first)
+    }
+}
 
 /// An offset in CS from the block's start, cut to the code's size.
 #[inline]
@@ -94,7 +119,7 @@ unsafe fn fall(cpu: &mut Cpu, op: *const Op) -> *mut Block {
         if (*link).is_null() && (*op).a != 0 {
             cpu.blocks.pending = link;
         }
-        *link
+        enter(cpu, *link)
     }
 }
 
