@@ -23,22 +23,40 @@ impl Machine {
     }
 }
 
-/// Sets up descriptor tables, page tables and exception handling, and reads the command line.
-pub fn begin(vcpus: u64, command_line: *const u8) -> Machine {
+/// What the flat personality leaves at the address in RBX begins with this.
+const FLAT: u64 = u64::from_le_bytes(*b"TENONBI1");
+/// What PVH loaders leave at the address in EBX begins with this (xen/include/public/arch-x86/hvm/start_info.h).
+const PVH: u32 = 0x336e_c578;
+
+/// Reads what the loader left, and sets up descriptor tables, page tables and exception handling.
+pub fn begin(info: *const u64) -> Machine {
+    let mut machine = Machine { vcpus: 1, command_line: &[] };
+    // SAFETY: the loader left one of the two there, or nothing.
+    unsafe {
+        if info.read() == FLAT {
+            machine.vcpus = info.add(3).cast::<u32>().read();
+        } else if info.cast::<u32>().read() == PVH {
+            machine.command_line = text(info.add(3).read() as *const u8);
+        }
+    }
+    if let Some(vcpus) = machine.number("cpus") {
+        machine.vcpus = u32::try_from(vcpus).unwrap_or(1);
+    }
     tables::install();
+    machine
+}
+
+/// # Safety
+/// The address is null or that of a NUL-terminated string that stays.
+unsafe fn text(address: *const u8) -> &'static [u8] {
     let mut length = 0;
-    // SAFETY: the personality gives a NUL-terminated string, or none.
-    let command_line = unsafe {
-        while !command_line.is_null() && *command_line.add(length) != 0 {
+    // SAFETY: as the caller says.
+    unsafe {
+        while !address.is_null() && *address.add(length) != 0 {
             length += 1;
         }
-        if length == 0 { &[] } else { core::slice::from_raw_parts(command_line, length) }
-    };
-    let mut machine = Machine { vcpus: u32::try_from(vcpus).unwrap_or(0), command_line };
-    if let Some(vcpus) = machine.number("cpus") {
-        machine.vcpus = u32::try_from(vcpus).unwrap_or(0);
+        if length == 0 { &[] } else { core::slice::from_raw_parts(address, length) }
     }
-    machine
 }
 
 #[panic_handler]
@@ -57,6 +75,7 @@ _start:
     cld
     mov rsp, offset boot_stack_top
     xor ebp, ebp
+    mov rdi, rbx
     call guest_main
 
 .section .note.pvh, "a", @note
@@ -110,9 +129,7 @@ pvh_long:
     mov ds, eax
     mov es, eax
     mov ss, eax
-    xor edi, edi
     mov ebx, ebx
-    mov rsi, [rbx + 24]
     jmp _start
 .section .rodata
     .balign 8

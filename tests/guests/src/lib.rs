@@ -1,9 +1,9 @@
 //! What all bare guests share: the way in, a serial line, exception handling, and a way to report checks.
 //!
-//! A guest is an ELF file that is entered in long mode, ring 0, with interrupts off, the first 4 GiB identity-mapped, RDI the
-//! number of vCPUs and RSI the address of the command line (`--personality flat`). It also carries a PVH entry, so that other
-//! hypervisors can be asked what they make of it. It reports each check as a line on the first serial port, `ok NAME` or
-//! `FAIL NAME: got … want …`, prints nothing that depends on time or on the engine, and ends by writing its status to port 0xf4.
+//! A guest is an ELF file that `--personality flat` enters in long mode, ring 0, with interrupts off and the first 4 GiB
+//! mapped one to one. It also has a PVH entry: `--personality linux` gives it a command line, and other hypervisors can be
+//! asked what they make of it. It reports each check as a line on the first serial port, `ok NAME` or `FAIL NAME: got … want …`,
+//! prints nothing that depends on time or on the engine, and ends by writing its status to port 0xf4.
 #![no_std]
 
 pub mod apic;
@@ -22,8 +22,8 @@ pub use fault::{Fault, guarded, user};
 macro_rules! guest {
     ($main:path) => {
         #[unsafe(no_mangle)]
-        extern "C" fn guest_main(vcpus: u64, command_line: *const u8) -> ! {
-            let machine = $crate::boot::begin(vcpus, command_line);
+        extern "C" fn guest_main(info: *const u64) -> ! {
+            let machine = $crate::boot::begin(info);
             $main(&machine);
             $crate::check::finish()
         }

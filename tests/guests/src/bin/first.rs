@@ -2,6 +2,7 @@
 #![no_std]
 #![no_main]
 
+// The same bytes do in long mode and, for PVH loaders, in protected mode.
 core::arch::global_asm!(
     ".section .text.start, \"ax\"",
     ".global _start",
@@ -11,6 +12,11 @@ core::arch::global_asm!(
     "out dx, al",
     "2: hlt",
     "jmp 2b",
+    ".section .note.pvh, \"a\", @note",
+    ".balign 4",
+    ".long 4, 4, 18",
+    ".asciz \"Xen\"",
+    ".long _start",
 );
 
 #[panic_handler]

@@ -1,4 +1,4 @@
-//! Resets the machine through the ACPI reset register's usual place, the chipset's reset port.
+//! Resets the machine: writes 1 to the third of the platform's power registers, or to the port that `port=` names.
 #![no_std]
 #![no_main]
 
@@ -10,7 +10,7 @@ bare_guests::guest!(main);
 
 fn main(machine: &Machine) {
     let _ = writeln!(Serial, "resetting");
-    out8(u16::try_from(machine.number("port").unwrap_or(0xcf9)).unwrap_or(0xcf9), 6);
+    out8(u16::try_from(machine.number("port").unwrap_or(0x602)).unwrap_or(0x602), 1);
     loop {
         core::hint::spin_loop();
     }

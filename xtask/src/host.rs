@@ -1,0 +1,116 @@
+//! What a chore needs of the host, and how it gets it.
+//!
+//! Programs come from Debian packages, installed by apt-get when this runs as root; otherwise the message says what to type.
+//! Rust targets and components come from rustup. Nothing is installed silently.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+
+use crate::process::{capture, command, run};
+
+/// A program and the Debian package that has it.
+struct Tool {
+    program: &'static str,
+    package: &'static str,
+}
+
+/// What building and testing needs.
+const TOOLS: [Tool; 3] = [
+    Tool { program: "cc", package: "gcc" },
+    Tool { program: "apt-get", package: "apt" },
+    Tool { program: "dpkg-deb", package: "dpkg" },
+];
+/// What `bench` compares with.
+const PEER: Tool = Tool { program: "qemu-system-x86_64", package: "qemu-system-x86" };
+/// A C library's headers and start files have no program by which to find them.
+const LIBC: (&str, &str) = ("/usr/include/stdio.h", "libc6-dev");
+/// What plugins and bare guests are compiled for.
+const TARGETS: [&str; 2] = ["wasm32-unknown-unknown", "x86_64-unknown-none"];
+const COMPONENTS: [&str; 2] = ["clippy", "rustfmt"];
+
+/// Installs what building and testing lacks.
+///
+/// # Errors
+/// Something is missing and cannot be installed.
+pub(crate) fn prepare() -> Result<()> {
+    let mut missing: Vec<&str> =
+        TOOLS.iter().filter(|tool| !has_program(tool.program)).map(|tool| tool.package).collect();
+    if !Path::new(LIBC.0).exists() {
+        missing.push(LIBC.1);
+    }
+    install(&missing)?;
+    rustup("target", &TARGETS)?;
+    rustup("component", &COMPONENTS)
+}
+
+/// Installs the program that benchmarks compare with.
+///
+/// # Errors
+/// As [`prepare`].
+pub(crate) fn prepare_peer() -> Result<()> {
+    if has_program(PEER.program) { Ok(()) } else { install(&[PEER.package]) }
+}
+
+/// Makes sure that apt knows which packages exist.
+///
+/// # Errors
+/// It does not, and this user may not change that.
+pub(crate) fn package_lists() -> Result<()> {
+    let known = capture(command("apt-cache").args(["policy", "busybox-static"])).unwrap_or_default();
+    if known.contains("Candidate:") && !known.contains("Candidate: (none)") {
+        return Ok(());
+    }
+    if !is_root() {
+        bail!("apt knows no packages yet; run `sudo apt-get update` and try again");
+    }
+    eprintln!("host: apt-get update");
+    run(command("apt-get").args(["-qq", "update"]))
+}
+
+/// Whether a program is on the search path.
+pub(crate) fn has_program(name: &str) -> bool {
+    std::env::var_os("PATH")
+        .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(name).is_file()))
+}
+
+fn is_root() -> bool {
+    capture(command("id").arg("-u")).is_ok_and(|id| id.trim() == "0")
+}
+
+fn install(packages: &[&str]) -> Result<()> {
+    if packages.is_empty() {
+        return Ok(());
+    }
+    let list = packages.join(" ");
+    if !has_program("apt-get") {
+        bail!("missing on this host: {list} (names of Debian packages); install them and try again");
+    }
+    if !is_root() {
+        bail!("missing on this host; run `sudo apt-get install {list}` and try again");
+    }
+    package_lists()?;
+    eprintln!("host: apt-get install {list}");
+    run(command("apt-get")
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        .args(["-qq", "-y", "--no-install-recommends", "install"])
+        .args(packages))
+}
+
+/// Adds what is missing of `wanted`, each a target or a component.
+fn rustup(kind: &str, wanted: &[&str]) -> Result<()> {
+    if !has_program("rustup") {
+        eprintln!("host: no rustup here; Rust's {kind}s {} are taken for granted", wanted.join(", "));
+        return Ok(());
+    }
+    let there = capture(command("rustup").args([kind, "list", "--installed"]))
+        .with_context(|| format!("cannot list rustup's {kind}s"))?;
+    // Components are listed with the host's triple behind their name.
+    let missing: Vec<&&str> =
+        wanted.iter().filter(|name| !there.lines().any(|line| line.starts_with(**name))).collect();
+    for name in missing {
+        eprintln!("host: rustup {kind} add {name}");
+        run(command("rustup").args([kind, "add", name]))?;
+    }
+    Ok(())
+}
