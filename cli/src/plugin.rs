@@ -243,8 +243,7 @@ fn list(found: &[(String, Result<Bundle, tenon_plugins::BundleError>)], json: bo
 }
 
 fn test(dir: &Path) -> Result<()> {
-    tenon_plugin_tool::cargo_test(dir, &BuildOptions::default())?;
-    let built = build(dir, false, None)?;
+    let built = tenon_plugin_tool::test(dir, &BuildOptions::default())?;
     let shelf = Shelf::open(&crate::args::PluginPlaces::default(), &[])?;
     let plugin = shelf.load_bundle(Bundle::open(&built.directory)?)?;
     println!("{} {}: the component loads; it may use {}", built.id, built.version, words(&built.permissions));
