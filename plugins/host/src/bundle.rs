@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Component, Path, PathBuf};
 
-use crate::manifest::{Manifest, ManifestError};
+use crate::manifest::{Manifest, ManifestError, Version};
 
 /// The largest `plugin.toml`.
 const MAX_MANIFEST: u64 = 64 << 10;
@@ -221,6 +221,19 @@ fn read_bounded(path: &Path, most: u64) -> Result<Vec<u8>, BundleError> {
     Ok(bytes)
 }
 
+/// What is in a directory: names and paths. Nothing, if it cannot be read.
+fn files(directory: &Path) -> impl Iterator<Item = (String, PathBuf)> {
+    let entries = directory.read_dir().into_iter().flatten().flatten();
+    entries.map(|entry| (entry.file_name().to_string_lossy().into_owned(), entry.path()))
+}
+
+/// The id, and the version if there is one, of an archive's name: `ID.tenon` or `ID-VERSION.tenon`.
+fn archive_id(name: &str) -> Option<(&str, Option<Version>)> {
+    let name = name.strip_suffix(".tenon")?;
+    let versioned = name.rsplit_once('-').and_then(|(id, version)| Some((id, Some(version.parse().ok()?))));
+    Some(versioned.unwrap_or((name, None)))
+}
+
 /// The places where plugins are looked for: directories in their order, then what the program carries.
 #[derive(Default)]
 pub struct Catalog {
@@ -241,7 +254,7 @@ impl Catalog {
         Self::default()
     }
 
-    /// Adds a directory whose subdirectories and `.tenon` files are plugins, each named as its id. One that does not exist is no error.
+    /// Adds a directory whose subdirectories and `.tenon` files are plugins: `ID`, `ID.tenon` or `ID-VERSION.tenon`. One that does not exist is no error.
     pub fn add_directory(&mut self, path: impl Into<PathBuf>) {
         self.directories.push(path.into());
     }
@@ -270,10 +283,15 @@ impl Catalog {
             return Bundle::open(Path::new(id));
         }
         for directory in &self.directories {
-            for path in [directory.join(id), directory.join(format!("{id}.tenon"))] {
-                if path.join("plugin.toml").exists() || path.is_file() {
-                    return Bundle::open(&path);
-                }
+            if directory.join(id).join("plugin.toml").exists() {
+                return Bundle::open(&directory.join(id));
+            }
+            let archives =
+                files(directory).filter(|(name, _)| archive_id(name).is_some_and(|(found, _)| found == id));
+            if let Some((_, path)) =
+                archives.max_by_key(|(name, _)| archive_id(name).and_then(|(_, version)| version))
+            {
+                return Bundle::open(&path);
             }
         }
         if let Some(carried) = self.carried.iter().find(|carried| carried.id == id) {
@@ -297,11 +315,10 @@ impl Catalog {
     #[must_use]
     pub fn ids(&self) -> Vec<String> {
         let mut ids: Vec<String> = self.carried.iter().map(|carried| carried.id.clone()).collect();
-        for entry in self.directories.iter().filter_map(|path| path.read_dir().ok()).flatten().flatten() {
-            let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
+        for (name, path) in self.directories.iter().flat_map(|directory| files(directory)) {
             if path.join("plugin.toml").exists() {
                 ids.push(name);
-            } else if let Some(id) = name.strip_suffix(".tenon") {
+            } else if let Some((id, _)) = archive_id(&name) {
                 ids.push(id.to_owned());
             }
         }

@@ -128,7 +128,7 @@ pub enum SettingType {
     Size,
     /// Any text.
     String,
-    /// `true` or `false`.
+    /// `true`, `yes`, `on`, `1`, or `false`, `no`, `off`, `0`.
     Boolean,
     /// One of the words in `choices`.
     Choice,
@@ -408,7 +408,11 @@ impl SettingSchema {
             SettingType::Size => parse_size(value).map(drop),
             SettingType::String if value.len() > 4096 => Err("a text is at most 4096 bytes".into()),
             SettingType::String => Ok(()),
-            SettingType::Boolean if matches!(value, "true" | "false") => Ok(()),
+            SettingType::Boolean
+                if matches!(value, "true" | "yes" | "on" | "1" | "false" | "no" | "off" | "0") =>
+            {
+                Ok(())
+            }
             SettingType::Boolean => Err(format!("`{value}` is neither `true` nor `false`")),
             SettingType::Choice if self.choices.iter().any(|choice| choice == value) => Ok(()),
             SettingType::Choice => Err(format!("`{value}` is none of `{}`", self.choices.join("`, `"))),
@@ -422,17 +426,18 @@ fn is_name(name: &str) -> bool {
         && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
 }
 
-/// A number of 64 bits: decimal, or hexadecimal after `0x`; a decimal one may be negative.
+/// A number of 64 bits: decimal, or hexadecimal after `0x`, with `_` between digits where it helps; a decimal one may be negative.
 fn parse_integer(text: &str) -> Result<i128, String> {
+    let plain: String = text.chars().filter(|c| *c != '_').collect();
     let digits = |text: &str, radix| {
         (!text.starts_with(['+', '-'])).then(|| u64::from_str_radix(text, radix).ok()).flatten()
     };
-    let number = match (text.strip_prefix("0x"), text.strip_prefix('-')) {
+    let number = match (plain.strip_prefix("0x"), plain.strip_prefix('-')) {
         (Some(hex), _) => digits(hex, 16).map(i128::from),
         (None, Some(positive)) => {
             digits(positive, 10).map(|n| -i128::from(n)).filter(|n| *n >= i64::MIN.into())
         }
-        (None, None) => digits(text, 10).map(i128::from),
+        (None, None) => digits(&plain, 10).map(i128::from),
     };
     number.ok_or_else(|| format!("`{text}` is not a number of 64 bits; write it as `1016` or `0x3f8`"))
 }

@@ -1,0 +1,12 @@
+//! The plugin host from outside: plugins that work, and plugins that do everything that they must not.
+//!
+//! The plugins under test are in `tests/fixtures`: they are built as a vendor builds theirs, once, into cargo's target folder.
+
+mod cache;
+mod devices;
+mod guests;
+mod loading;
+mod machine;
+mod misdeeds;
+mod native;
+mod settings;
