@@ -14,10 +14,10 @@
 mod generate;
 #[path = "support/guest.rs"]
 mod guest;
-#[path = "../fp/tests/support/native.rs"]
-mod native;
 #[path = "support/mix.rs"]
 mod mix;
+#[path = "../fp/tests/support/native.rs"]
+mod native;
 #[path = "support/sequence.rs"]
 mod sequence;
 
@@ -93,7 +93,8 @@ fn ring_3_does_what_the_host_does() {
     }
     write_coverage(&counts);
     if only.is_none() && cases >= 200_000 {
-        let missing: Vec<_> = counts.iter().filter(|(_, (cases, _))| *cases == 0).map(|(code, _)| code).collect();
+        let missing: Vec<_> =
+            counts.iter().filter(|(_, (cases, _))| *cases == 0).map(|(code, _)| code).collect();
         assert!(missing.is_empty(), "forms that no case executed: {missing:?}");
         mix::check(&counts);
     }
@@ -129,7 +130,9 @@ fn compare(
         }
     };
     let (mine, theirs) = (&ours.machine, &host.machine);
-    let piecewise = case.is_large(theirs.rip) && [12, 13, 14].contains(&host.vector) && [12, 13, 14].contains(&ours.vector);
+    let piecewise = case.is_large(theirs.rip)
+        && [12, 13, 14].contains(&host.vector)
+        && [12, 13, 14].contains(&ours.vector);
     if !piecewise {
         differ("vector", ours.vector.into(), host.vector.into());
     }

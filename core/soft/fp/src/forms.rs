@@ -227,7 +227,7 @@ pub(crate) fn fxsave(state: &mut FpState, operands: &mut Operands) -> Done {
 
 /// FXRSTOR, as [`fxsave`].
 pub(crate) fn fxrstor(state: &mut FpState, operands: &mut Operands) -> Done {
-    state.fxrstor(&operands.mem, operands.src == 1, operands.imm.into()).map_err(|()| FpFault::Gp)
+    state.fxrstor(&operands.mem, operands.src == 1, operands.imm.into()).map_err(|_| FpFault::Gp)
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -249,7 +249,10 @@ mod arithmetic {
         Ok(())
     }
 
-    pub(crate) fn arith_from_gpr<A: Arith, const MEM: bool>(state: &mut FpState, operands: &mut Operands) -> Done {
+    pub(crate) fn arith_from_gpr<A: Arith, const MEM: bool>(
+        state: &mut FpState,
+        operands: &mut Operands,
+    ) -> Done {
         let source = if MEM { xmm_source::<true>(state, operands) } else { operands.gpr.into() };
         let mut value = state.xmm[xmm_number(operands.dst)];
         guarded::<A>(state, &mut value, source)?;
@@ -257,7 +260,10 @@ mod arithmetic {
         Ok(())
     }
 
-    pub(crate) fn arith_to_gpr<A: Arith, const MEM: bool>(state: &mut FpState, operands: &mut Operands) -> Done {
+    pub(crate) fn arith_to_gpr<A: Arith, const MEM: bool>(
+        state: &mut FpState,
+        operands: &mut Operands,
+    ) -> Done {
         let source = xmm_source::<MEM>(state, operands);
         let mut value = 0;
         guarded::<A>(state, &mut value, source)?;
@@ -265,7 +271,10 @@ mod arithmetic {
         Ok(())
     }
 
-    pub(crate) fn arith_to_flags<A: Arith, const MEM: bool>(state: &mut FpState, operands: &mut Operands) -> Done {
+    pub(crate) fn arith_to_flags<A: Arith, const MEM: bool>(
+        state: &mut FpState,
+        operands: &mut Operands,
+    ) -> Done {
         let source = xmm_source::<MEM>(state, operands);
         let mut value = state.xmm[xmm_number(operands.dst)];
         guarded::<A>(state, &mut value, source)?;

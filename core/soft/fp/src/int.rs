@@ -9,19 +9,15 @@ pub(crate) trait Int {
 
 macro_rules! lanes {
     ($from:ident, $to:ident, $t:ty, $n:literal) => {
+        #[allow(unnecessary_transmutes)] // For bytes there is a method.
         fn $from(value: u128) -> [$t; $n] {
             // SAFETY: both are 16 plain bytes; hosts are little-endian (asserted in lib.rs).
-            #[allow(unnecessary_transmutes)] // For bytes there is a method.
-            unsafe {
-                std::mem::transmute(value)
-            }
+            unsafe { std::mem::transmute(value) }
         }
+        #[allow(unnecessary_transmutes)] // As above.
         fn $to(lanes: [$t; $n]) -> u128 {
             // SAFETY: as above.
-            #[allow(unnecessary_transmutes)] // As above.
-            unsafe {
-                std::mem::transmute(lanes)
-            }
+            unsafe { std::mem::transmute(lanes) }
         }
     };
 }
@@ -69,8 +65,8 @@ lane_ops! {
     Psubusb: u8s of_u8s |a, b| a.saturating_sub(b);
     Psubusw: u16s of_u16s |a, b| a.saturating_sub(b);
     Pmullw: u16s of_u16s |a, b| a.wrapping_mul(b);
-    Pmulhw: i16s of_i16s |a, b| (i32::from(a) * i32::from(b) >> 16) as i16;
-    Pmulhuw: u16s of_u16s |a, b| (u32::from(a) * u32::from(b) >> 16) as u16;
+    Pmulhw: i16s of_i16s |a, b| ((i32::from(a) * i32::from(b)) >> 16) as i16;
+    Pmulhuw: u16s of_u16s |a, b| ((u32::from(a) * u32::from(b)) >> 16) as u16;
     Pmuludq: u64s of_u64s |a, b| u64::from(a as u32) * u64::from(b as u32);
     Pcmpeqb: u8s of_u8s |a, b| if a == b { 0xff } else { 0 };
     Pcmpeqw: u16s of_u16s |a, b| if a == b { 0xffff } else { 0 };
@@ -82,8 +78,8 @@ lane_ops! {
     Pmaxub: u8s of_u8s |a, b| a.max(b);
     Pminsw: i16s of_i16s |a, b| a.min(b);
     Pmaxsw: i16s of_i16s |a, b| a.max(b);
-    Pavgb: u8s of_u8s |a, b| (u16::from(a) + u16::from(b) + 1 >> 1) as u8;
-    Pavgw: u16s of_u16s |a, b| (u32::from(a) + u32::from(b) + 1 >> 1) as u16;
+    Pavgb: u8s of_u8s |a, b| ((u16::from(a) + u16::from(b) + 1) >> 1) as u8;
+    Pavgw: u16s of_u16s |a, b| ((u32::from(a) + u32::from(b) + 1) >> 1) as u16;
 }
 
 /// Operations on the whole: `Name: |a, b, imm| expression`.
@@ -188,5 +184,13 @@ fn interleave<T: Copy, const N: usize>(a: [T; N], b: [T; N], from: usize) -> [T;
 /// PMOVMSKB on 16 bytes.
 #[inline(always)]
 pub(crate) fn byte_signs(value: u128) -> u64 {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: 16 plain bytes; SSE2 is part of x86-64.
+    unsafe {
+        u64::from(std::arch::x86_64::_mm_movemask_epi8(
+            std::mem::transmute::<u128, std::arch::x86_64::__m128i>(value),
+        ) as u32)
+    }
+    #[cfg(not(target_arch = "x86_64"))]
     u8s(value).iter().enumerate().fold(0, |mask, (i, &byte)| mask | u64::from(byte >> 7) << i)
 }

@@ -36,7 +36,7 @@ mod state;
 mod x87;
 
 pub use lower::lower;
-pub use state::FpState;
+pub use state::{FpState, ReservedBits};
 
 const _: () = assert!(cfg!(target_endian = "little"), "registers are viewed as lanes in memory order");
 

@@ -18,7 +18,9 @@ pub fn lower(instruction: &Instruction) -> Option<FpOp> {
     let mut family = (instruction.mnemonic() == Mnemonic::Wait).then_some(Family::X87);
     for feature in code.cpuid_features() {
         match feature {
-            CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387 => family = family.or(Some(Family::X87)),
+            CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387 => {
+                family = family.or(Some(Family::X87))
+            }
             CpuidFeature::FPU287XL_ONLY => family = Some(Family::Later),
             CpuidFeature::MMX | CpuidFeature::SSE | CpuidFeature::SSE2 | CpuidFeature::FXSR => {
                 family = family.or(Some(Family::Simd));
@@ -258,7 +260,10 @@ fn arithmetic(instruction: &Instruction) -> Option<Forms> {
     macro_rules! to_mmx {
         ($name:ident, $half:literal) => {
             Forms {
-                mmx: [forms::mmx_of_float::<a::$name, false, $half>, forms::mmx_of_float::<a::$name, true, $half>],
+                mmx: [
+                    forms::mmx_of_float::<a::$name, false, $half>,
+                    forms::mmx_of_float::<a::$name, true, $half>,
+                ],
                 ..only_xmm([undefined; 2])
             }
         };
@@ -320,8 +325,12 @@ fn arithmetic(instruction: &Instruction) -> Option<Forms> {
         M::Cvtsd2si => to_gpr!(Cvtsd2si32, Cvtsd2si64),
         M::Cvttss2si => to_gpr!(Cvttss2si32, Cvttss2si64),
         M::Cvttsd2si => to_gpr!(Cvttsd2si32, Cvttsd2si64),
-        M::Cvtpi2ps => only_xmm([forms::ps_of_mmx::<a::Cvtdq2ps, false>, forms::ps_of_mmx::<a::Cvtdq2ps, true>]),
-        M::Cvtpi2pd => only_xmm([forms::pd_of_mmx::<a::Cvtdq2pd, false>, forms::pd_of_mmx::<a::Cvtdq2pd, true>]),
+        M::Cvtpi2ps => {
+            only_xmm([forms::ps_of_mmx::<a::Cvtdq2ps, false>, forms::ps_of_mmx::<a::Cvtdq2ps, true>])
+        }
+        M::Cvtpi2pd => {
+            only_xmm([forms::pd_of_mmx::<a::Cvtdq2pd, false>, forms::pd_of_mmx::<a::Cvtdq2pd, true>])
+        }
         M::Cvtps2pi => to_mmx!(Cvtps2dq, true),
         M::Cvttps2pi => to_mmx!(Cvttps2dq, true),
         M::Cvtpd2pi => to_mmx!(Cvtpd2dq, false),
@@ -424,16 +433,26 @@ fn movement(instruction: &Instruction, first: Operand, second: Operand) -> Optio
         (M::Movhps | M::Movhpd | M::Movlhps, O::Xmm, _) => xmm!(Movhps, Movhps),
         (M::Movhlps, ..) => xmm!(Movhlps, Movhlps),
         (M::Movd | M::Movq, O::Xmm, O::Gpr(register)) => {
-            if register.is_gpr64() { forms::xmm_of_gpr::<k::Movq> } else { forms::xmm_of_gpr::<k::Movd> }
+            if register.is_gpr64() {
+                forms::xmm_of_gpr::<k::Movq>
+            } else {
+                forms::xmm_of_gpr::<k::Movd>
+            }
         }
         (M::Movd | M::Movq, O::Mm, O::Gpr(register)) => {
-            if register.is_gpr64() { forms::mmx_of_gpr::<k::Movq> } else { forms::mmx_of_gpr::<k::Movd> }
+            if register.is_gpr64() {
+                forms::mmx_of_gpr::<k::Movq>
+            } else {
+                forms::mmx_of_gpr::<k::Movd>
+            }
         }
         (M::Movd | M::Movq, O::Gpr(_), O::Xmm) => forms::gpr_of_xmm,
         (M::Movd | M::Movq, O::Gpr(_), O::Mm) => forms::gpr_of_mmx,
         (M::Movd | M::Movq, O::Xmm, _) if instruction.memory_size().size() == 4 => xmm!(Movd, Movd),
         (M::Movd | M::Movq, O::Xmm, _) => xmm!(Movq, Movq),
-        (M::Movd | M::Movq, O::Mm, O::Mem) if instruction.memory_size().size() == 4 => forms::mmx::<k::Movd, true>,
+        (M::Movd | M::Movq, O::Mm, O::Mem) if instruction.memory_size().size() == 4 => {
+            forms::mmx::<k::Movd, true>
+        }
         (M::Movd | M::Movq, O::Mm, O::Mem) => forms::mmx::<k::Mov, true>,
         (M::Movq, O::Mm, _) => forms::mmx::<k::Mov, false>,
         (M::Movhps | M::Movhpd, O::Mem, _) => forms::store_high,

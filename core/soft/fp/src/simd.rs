@@ -240,4 +240,3 @@ macro_rules! to_flags {
 to_flags! {
     Comiss = "comiss"; Comisd = "comisd"; Ucomiss = "ucomiss"; Ucomisd = "ucomisd";
 }
-

@@ -36,6 +36,11 @@ pub struct FpState {
     reserved1: [u8; 96],
 }
 
+/// An image with reserved MXCSR bits: FXRSTOR refuses it with #GP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the FXSAVE image sets reserved bits of MXCSR")]
+pub struct ReservedBits;
+
 const _: () = assert!(size_of::<FpState>() == 512);
 
 impl Default for FpState {
@@ -101,7 +106,7 @@ impl FpState {
     }
 
     /// FXRSTOR; the same parameters. Reserved MXCSR bits refuse the whole image (#GP).
-    pub fn fxrstor(&mut self, image: &[u8; 512], long: bool, xmm: usize) -> Result<(), ()> {
+    pub fn fxrstor(&mut self, image: &[u8; 512], long: bool, xmm: usize) -> Result<(), ReservedBits> {
         let u16_at = |at: usize| u16::from_le_bytes([image[at], image[at + 1]]);
         let u32_at = |at: usize| u32::from(u16_at(at)) | u32::from(u16_at(at + 2)) << 16;
         let u128_at = |at: usize| {
@@ -111,7 +116,7 @@ impl FpState {
         };
         let mxcsr = u32_at(24);
         if mxcsr & !MXCSR_MASK != 0 {
-            return Err(());
+            return Err(ReservedBits);
         }
         self.mxcsr = mxcsr;
         self.ftw = image[4];

@@ -215,13 +215,12 @@ fn arithmetic(instruction: &Instruction, size: u16) -> Option<FpOp> {
     let encoding = instruction.code().op_code();
     let mut result = FpOp { waits: true, ..op(run, Kind::X87) };
     if encoding.op_code_len() == 1 {
-        let opcode = u16::try_from(encoding.op_code()).ok().filter(|opcode| (0xd8..=0xdf).contains(opcode))?;
+        let opcode =
+            u16::try_from(encoding.op_code()).ok().filter(|opcode| (0xd8..=0xdf).contains(opcode))?;
         result.imm = MEMORY + (opcode - 0xd8) * 8 + u16::try_from(encoding.group_index()).ok()?;
-        let stores = matches!(
-            instruction.mnemonic(),
-            M::Fst | M::Fstp | M::Fist | M::Fistp | M::Fbstp
-        );
-        (result.run, result.mem) = if stores { (run_store as Run, Mem::Write(size)) } else { (run as Run, Mem::Read(size)) };
+        let stores = matches!(instruction.mnemonic(), M::Fst | M::Fstp | M::Fist | M::Fistp | M::Fbstp);
+        (result.run, result.mem) =
+            if stores { (run_store as Run, Mem::Write(size)) } else { (run as Run, Mem::Read(size)) };
         return Some(result);
     }
     let (opcode, modrm) = (encoding.op_code() >> 8 & 0xff, encoding.op_code() & 0xff);
@@ -239,7 +238,14 @@ fn arithmetic(instruction: &Instruction, size: u16) -> Option<FpOp> {
     let modrm = if takes_register(instruction.code()) { modrm & 0xf8 | register } else { modrm };
     result.imm = ((opcode - 0xd8) * 64 + (modrm - 0xc0)) as u16;
     result.flags = match instruction.mnemonic() {
-        M::Fcmovb | M::Fcmove | M::Fcmovbe | M::Fcmovu | M::Fcmovnb | M::Fcmovne | M::Fcmovnbe | M::Fcmovnu => Flags::In,
+        M::Fcmovb
+        | M::Fcmove
+        | M::Fcmovbe
+        | M::Fcmovu
+        | M::Fcmovnb
+        | M::Fcmovne
+        | M::Fcmovnbe
+        | M::Fcmovnu => Flags::In,
         M::Fcomi | M::Fcomip | M::Fucomi | M::Fucomip => Flags::Out,
         _ => Flags::None,
     };

@@ -64,7 +64,11 @@ fn execute(machine: &Machine, instruction: &Instruction, data: &mut [u8; DATA_SI
     if !address.is_multiple_of(op.align.into()) && size > 0 {
         return end(13);
     }
-    let range = if size == 0 { 0..0 } else { (address - DATA) as usize..(address - DATA) as usize + usize::from(size) };
+    let range = if size == 0 {
+        0..0
+    } else {
+        (address - DATA) as usize..(address - DATA) as usize + usize::from(size)
+    };
     if reads {
         operands.mem[..range.len()].copy_from_slice(&data[range.clone()]);
     }
@@ -86,7 +90,9 @@ fn execute(machine: &Machine, instruction: &Instruction, data: &mut [u8; DATA_SI
     }
     if outcome.is_ok() {
         match op.mem {
-            Mem::Write(_) | Mem::ReadWrite(_) => data[range.clone()].copy_from_slice(&operands.mem[..range.len()]),
+            Mem::Write(_) | Mem::ReadWrite(_) => {
+                data[range.clone()].copy_from_slice(&operands.mem[..range.len()])
+            }
             Mem::Masked(_) => {
                 for (i, at) in range.enumerate() {
                     if operands.gpr >> i & 1 != 0 {
@@ -113,7 +119,9 @@ fn execute(machine: &Machine, instruction: &Instruction, data: &mut [u8; DATA_SI
 }
 
 fn linear(machine: &Machine, instruction: &Instruction) -> u64 {
-    let Some(n) = (0..instruction.op_count()).find(|&n| instruction.op_kind(n) == OpKind::Memory) else { return 0 };
+    let Some(n) = (0..instruction.op_count()).find(|&n| instruction.op_kind(n) == OpKind::Memory) else {
+        return 0;
+    };
     instruction
         .virtual_address(n, 0, |register, _, _| match register {
             _ if register.is_segment_register() => Some(0),
@@ -132,7 +140,9 @@ fn every_instruction_does_what_the_host_does() {
     let mut random = Random(env("TENON_FP_SEED", 1));
     let only = std::env::var("TENON_FP_ONLY").ok();
     let codes: Vec<Code> = Code::values()
-        .filter(|code| only.as_ref().is_none_or(|name| format!("{:?}", code.mnemonic()).eq_ignore_ascii_case(name)))
+        .filter(|code| {
+            only.as_ref().is_none_or(|name| format!("{:?}", code.mnemonic()).eq_ignore_ascii_case(name))
+        })
         .filter(|&code| {
             let Some((_, decoded)) = instruction(&mut random, code, CODE) else { return false };
             let Some(op) = lower(&decoded) else { return false };
@@ -153,8 +163,15 @@ fn every_instruction_does_what_the_host_does() {
             case(&mut random, code, &mut native, &mut pattern, &mut wrong);
         }
     }
-    let report: Vec<_> = wrong.iter().map(|(code, (count, first))| format!("{count} × {code}: {first}")).collect();
-    assert!(wrong.is_empty(), "{} forms differ of {}, {done} cases:\n{}", wrong.len(), codes.len(), report.join("\n"));
+    let report: Vec<_> =
+        wrong.iter().map(|(code, (count, first))| format!("{count} × {code}: {first}")).collect();
+    assert!(
+        wrong.is_empty(),
+        "{} forms differ of {}, {done} cases:\n{}",
+        wrong.len(),
+        codes.len(),
+        report.join("\n")
+    );
 }
 
 /// Data of all kinds.
@@ -221,7 +238,13 @@ fn case(
     let host = native.run(&machine);
     let mut after = before.clone();
     let ours = execute(&machine, &decoded, &mut after);
-    let saves = matches!(code.mnemonic(), iced_x86::Mnemonic::Fxsave | iced_x86::Mnemonic::Fxsave64 | iced_x86::Mnemonic::Fnsave | iced_x86::Mnemonic::Fnstenv);
+    let saves = matches!(
+        code.mnemonic(),
+        iced_x86::Mnemonic::Fxsave
+            | iced_x86::Mnemonic::Fxsave64
+            | iced_x86::Mnemonic::Fnsave
+            | iced_x86::Mnemonic::Fnstenv
+    );
     let mut differences = Vec::new();
     if host.vector != ours.vector {
         differences.push(format!("vector {} not {}", ours.vector, host.vector));
@@ -244,7 +267,13 @@ fn case(
         if host.machine.rip != ours.machine.rip {
             differences.push(format!("rip {:x} not {:x}", ours.machine.rip, host.machine.rip));
         }
-        let address = if size == 0 { DATA } else if op.at_di { machine.gpr[7] } else { linear(&machine, &decoded) };
+        let address = if size == 0 {
+            DATA
+        } else if op.at_di {
+            machine.gpr[7]
+        } else {
+            linear(&machine, &decoded)
+        };
         let same = native.data() == &*after;
         for (i, (&a, &b)) in native.data().iter().zip(after.iter()).enumerate().filter(|_| !same) {
             let offset = (i as u64).wrapping_sub(address - DATA);
@@ -257,8 +286,20 @@ fn case(
         let fp = state_of(&machine.fp);
         let text = format!(
             "[seed {seed:#x}] `{decoded}` {} | fcw {:x} fsw {:x} ftw {:x} mxcsr {:x} st {:x?} dst {:x} src {:x} mem {:x?}",
-            differences.join("; "), fp.fcw, fp.fsw, fp.ftw, fp.mxcsr, &fp.st[..2], fp.xmm[usize::from(op.dst & 15)], fp.xmm[usize::from(op.src & 15)],
-            if size > 0 { let at = (if op.at_di { machine.gpr[7] } else { linear(&machine, &decoded) } - DATA) as usize; before[at..at + size.min(16)].to_vec() } else { vec![] },
+            differences.join("; "),
+            fp.fcw,
+            fp.fsw,
+            fp.ftw,
+            fp.mxcsr,
+            &fp.st[..2],
+            fp.xmm[usize::from(op.dst & 15)],
+            fp.xmm[usize::from(op.src & 15)],
+            if size > 0 {
+                let at = (if op.at_di { machine.gpr[7] } else { linear(&machine, &decoded) } - DATA) as usize;
+                before[at..at + size.min(16)].to_vec()
+            } else {
+                vec![]
+            },
         );
         wrong.entry(format!("{code:?}")).or_insert((0, text)).0 += 1;
     }
@@ -267,7 +308,9 @@ fn case(
 /// Bytes of saved environments that hold what the engine does not track.
 fn untracked(code: Code, offset: u64) -> bool {
     match code {
-        Code::Fxsave_m512byte | Code::Fxsave64_m512byte => (5..24).contains(&offset) || (28..32).contains(&offset),
+        Code::Fxsave_m512byte | Code::Fxsave64_m512byte => {
+            (5..24).contains(&offset) || (28..32).contains(&offset)
+        }
         Code::Fnstenv_m14byte | Code::Fnsave_m94byte => (6..14).contains(&offset),
         _ => (12..28).contains(&offset),
     }

@@ -78,7 +78,8 @@ fn mnemonic(att: &str) -> Option<Mnemonic> {
     if let Some(&(_, mnemonic)) = NAMES.iter().find(|(special, _)| *special == name) {
         return Some(mnemonic);
     }
-    let by_name = |name: &str| Mnemonic::values().find(|mnemonic| format!("{mnemonic:?}").eq_ignore_ascii_case(name));
+    let by_name =
+        |name: &str| Mnemonic::values().find(|mnemonic| format!("{mnemonic:?}").eq_ignore_ascii_case(name));
     let extension = name.len() == 6 && (name.starts_with("movz") || name.starts_with("movs"));
     if extension && name != "movsxd" {
         return Some(if name.starts_with("movz") { Mnemonic::Movzx } else { Mnemonic::Movsx });
@@ -96,13 +97,18 @@ pub fn check(counts: &BTreeMap<Code, (u64, u64)>) {
             continue;
         }
         let completed: u64 = mnemonic(att).map_or(0, |mnemonic| {
-            counts.iter().filter(|(code, _)| code.mnemonic() == mnemonic).map(|(_, (cases, faults))| cases - faults).sum()
+            counts
+                .iter()
+                .filter(|(code, _)| code.mnemonic() == mnemonic)
+                .map(|(_, (cases, faults))| cases - faults)
+                .sum()
         });
         if completed == 0 {
             uncovered.push(att);
         }
         let _ = writeln!(text, "{att}\tthe host CPU, {completed} cases without a fault");
     }
-    std::fs::write(concat!(env!("CARGO_TARGET_TMPDIR"), "/instruction-mix-coverage.tsv"), text).expect("writable");
+    std::fs::write(concat!(env!("CARGO_TARGET_TMPDIR"), "/instruction-mix-coverage.tsv"), text)
+        .expect("writable");
     assert!(uncovered.is_empty(), "covered nowhere: {uncovered:?}");
 }

@@ -194,7 +194,8 @@ impl Case {
     pub fn is_large(&self, rip: u64) -> bool {
         let at = self.instructions.iter().find(|instruction| instruction.ip() == rip);
         at.is_some_and(|at| {
-            matches!(at.memory_size().size(), 10 | 14 | 28 | 94 | 108 | 512) || at.mnemonic() == Mnemonic::Maskmovdqu
+            matches!(at.memory_size().size(), 10 | 14 | 28 | 94 | 108 | 512)
+                || at.mnemonic() == Mnemonic::Maskmovdqu
         })
     }
 
@@ -325,12 +326,15 @@ impl Builder {
                 if used.contains(&register) && !self.pinned.contains(&register) {
                     let both = used.contains(&Register::RSI) && used.contains(&Register::RDI);
                     let benign = DATA + 0x400 + random.below(WRITABLE as u64 - 0x800);
-                    self.machine.gpr[number] = if both && number != harmful { benign } else { target(random) };
+                    self.machine.gpr[number] =
+                        if both && number != harmful { benign } else { target(random) };
                 }
             }
         }
         match mnemonic {
-            M::Shld | M::Shrd if instruction.op1_register().size() == 2 && instruction.op2_kind() == OpKind::Register => {
+            M::Shld | M::Shrd
+                if instruction.op1_register().size() == 2 && instruction.op2_kind() == OpKind::Register =>
+            {
                 if self.pinned.contains(&Register::RCX) || used_as_address(&instruction, Register::RCX) {
                     return false;
                 }
@@ -521,7 +525,9 @@ fn undefined_result(instruction: &Instruction) -> bool {
 }
 
 fn used_as_address(instruction: &Instruction, register: Register) -> bool {
-    [instruction.memory_base(), instruction.memory_index()].iter().any(|used| used.full_register() == register)
+    [instruction.memory_base(), instruction.memory_index()]
+        .iter()
+        .any(|used| used.full_register() == register)
 }
 
 impl fmt::Display for Case {

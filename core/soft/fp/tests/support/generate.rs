@@ -294,9 +294,9 @@ pub fn aim(instruction: &Instruction, gpr: &mut [u64; 16], target: u64) -> bool 
     if base.is_gpr() {
         let same = index.is_gpr() && index.full_register() == base.full_register();
         if same {
-            let factor = 1 + u64::from(instruction.memory_index_scale());
-            gpr[base.full_register().number()] = target.wrapping_sub(displacement) / factor;
-            return factor == 2 || factor == 3 || true;
+            gpr[base.full_register().number()] =
+                target.wrapping_sub(displacement) / (1 + u64::from(instruction.memory_index_scale()));
+            return true;
         }
         let scaled = value(index, gpr).wrapping_mul(instruction.memory_index_scale().into());
         gpr[base.full_register().number()] = target.wrapping_sub(displacement).wrapping_sub(scaled);
