@@ -163,22 +163,23 @@ impl<D: Device> Bench<D> {
     /// # Panics
     /// The new device is not equal to the old one: it saves another state, holds another line high, or has other timers armed.
     pub fn round_trip(&mut self) {
+        *self = self.forked();
+    }
+
+    /// A second device that is equal to this one, or a panic that says how it is not.
+    pub(crate) fn forked(&self) -> Self {
         let fork = match self.fork() {
             Ok(fork) => fork,
             Err(error) => panic!("the device does not restore what it saved: {error}"),
         };
-        assert!(
-            self.save() == fork.save(),
-            "the restored device saves another state: {:?}, not {:?}",
-            fork.save(),
-            self.save()
-        );
+        let (old, new) = (self.save(), fork.save());
+        assert!(new == old, "the restored device saves another state: {new:?}, not {old:?}");
         self.assert_same_outside(&fork, "the restored device");
-        *self = fork;
+        fork
     }
 
     /// A second device in a copy of this one's machine, with its state.
-    pub(crate) fn fork(&self) -> Result<Self> {
+    fn fork(&self) -> Result<Self> {
         let mut fork = self.fresh()?;
         fork.restore(&self.save())?;
         let edges = self.outside.lines.borrow().iter().map(|line| line.edges).collect::<Vec<_>>();
@@ -197,7 +198,7 @@ impl<D: Device> Bench<D> {
         Ok(Self { config: self.config.clone(), description: self.description.clone(), outside, device })
     }
 
-    pub(crate) fn restore(&mut self, state: &SavedState) -> Result<()> {
+    fn restore(&mut self, state: &SavedState) -> Result<()> {
         hosted::enter(&self.outside, || device::restore(&mut self.device, state))?;
         self.tell_channels();
         Ok(())
