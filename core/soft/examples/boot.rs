@@ -95,6 +95,9 @@ impl Region for Uart {
                     r.thri = true;
                     drop(r);
                     self.irq(true);
+                } else if v & 2 == 0 {
+                    drop(r);
+                    self.irq(false);
                 }
             }
             3 => r.lcr = v,

@@ -9,7 +9,7 @@ use crate::cpu::{CS, Cpu, Fault, GS, RAX, RCX, RDX, cr0, cr4, efer, fl, vec};
 pub(crate) use crate::msr::{Msrs, restore as set_state_msrs, save as state_msrs};
 use crate::paging::PHYSICAL_BITS;
 use crate::segment::{
-    self, CODE, CODE_OR_DATA, CONFORMING, LONG, PRESENT, READ_WRITE, code_of, is_64, is_canonical, is_long,
+    self, CODE, CODE_OR_DATA, CONFORMING, LONG, READ_WRITE, code_of, is_64, is_canonical, is_long,
     is_protected, rpl,
 };
 use crate::{cpuid, msr, syscall};

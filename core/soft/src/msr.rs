@@ -35,8 +35,13 @@ const GS_BASE: u32 = 0xc000_0101;
 const KERNEL_GS_BASE: u32 = 0xc000_0102;
 /// AMD's hardware configuration; bit 24 says that the TSC counts at the nominal frequency.
 const HWCR: u32 = 0xc001_0015;
+/// AMD's northbridge configuration; Linux switches access to extended configuration space on in it.
+const NB_CFG: u32 = 0xc001_001f;
 /// AMD's decode configuration; bit 1 says that LFENCE serialises.
 const DE_CFG: u32 = 0xc001_1029;
+
+/// How far in nanoseconds a saved TSC may be from the clock and still be the clock.
+const SYNCHRONOUS: u64 = 1_000_000_000;
 
 /// The registers that have no field in [`Cpu`].
 pub(crate) struct Msrs {
@@ -55,6 +60,7 @@ pub(crate) struct Msrs {
     pat: u64,
     misc_enable: u64,
     hwcr: u64,
+    nb_cfg: u64,
     kvm_system_time: u64,
     kvm_wall_clock: u64,
 }
@@ -75,6 +81,7 @@ impl Default for Msrs {
             pat: 0x0007_0406_0007_0406,
             misc_enable: 1,
             hwcr: 1 << 24,
+            nb_cfg: 0,
             kvm_system_time: 0,
             kvm_wall_clock: 0,
         }
@@ -114,6 +121,7 @@ pub(crate) fn read(cpu: &mut Cpu, msr: u32) -> Result<u64, Fault> {
         GS_BASE => cpu.seg[GS].base,
         KERNEL_GS_BASE => m.kernel_gs_base,
         HWCR => m.hwcr,
+        NB_CFG => m.nb_cfg,
         DE_CFG => 2,
         _ => return Err(unknown("reads", msr)),
     })
@@ -175,6 +183,7 @@ pub(crate) fn write(cpu: &mut Cpu, msr: u32, value: u64) -> Result<(), Fault> {
         GS_BASE => cpu.seg[GS].base = canonical(value)?,
         KERNEL_GS_BASE => cpu.msrs.kernel_gs_base = canonical(value)?,
         HWCR => cpu.msrs.hwcr = value,
+        NB_CFG => cpu.msrs.nb_cfg = value,
         DE_CFG => {}
         _ => return Err(unknown("writes", msr)),
     }
@@ -260,6 +269,7 @@ pub(crate) fn save(cpu: &Cpu) -> Vec<(u32, u64)> {
         (SFMASK, m.sfmask),
         (KERNEL_GS_BASE, m.kernel_gs_base),
         (HWCR, m.hwcr),
+        (NB_CFG, m.nb_cfg),
     ]
 }
 
@@ -274,6 +284,9 @@ pub(crate) fn restore(cpu: &mut Cpu, msrs: &[(u32, u64)]) -> Result<(), String> 
     for (msr, value) in msrs {
         let done = match *msr {
             TSC_DEADLINE => Ok(()),
+            // The TSC follows the clock, which the machine restores; a small difference is the time between saving the two, and
+            // taking it over would set the vCPUs apart.
+            TSC if cpu.now().abs_diff(*value) < SYNCHRONOUS => Ok(()),
             // Through "on" on the way to x2APIC mode.
             APIC_BASE_MSR => {
                 let _ = cpu.lapic.set_base(APIC_BASE | BASE_ENABLE);

@@ -1,0 +1,17 @@
+//! The system side of the engine, seen by bare guest programs: modes, rings, page faults, exceptions, interrupts, several vCPUs.
+#![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, missing_docs, reason = "a test")]
+
+#[path = "system/exceptions.rs"]
+mod exceptions;
+#[path = "system/guest.rs"]
+mod guest;
+#[path = "system/interrupts.rs"]
+mod interrupts;
+#[path = "system/modes.rs"]
+mod modes;
+#[path = "system/paging.rs"]
+mod paging;
+#[path = "system/rings.rs"]
+mod rings;
+#[path = "system/several.rs"]
+mod several;
