@@ -114,7 +114,7 @@ impl Cpu {
             }
         };
         let index = self.index as usize;
-        turns.enter(index);
+        turns.begin(index);
         self.synced = self.icount;
         let mut end = self.icount + SLICE;
         let stop = loop {
@@ -149,7 +149,7 @@ impl Cpu {
                 break self.crash(fault);
             }
         };
-        turns.pass(index, true);
+        turns.end(index);
         stop
     }
 
@@ -404,9 +404,7 @@ impl Cpu {
         if self.cr0 & crate::cpu::cr0::PE == 0 {
             self.cpl = 0;
         }
-        self.fx
-            .fxrstor(image, true, 16)
-            .map_err(|()| "the FXSAVE image has reserved bits of MXCSR set".to_owned())?;
+        self.fx.fxrstor(image, true, 16).map_err(|refused| refused.to_string())?;
         self.activity = state.activity;
         self.shadow = state.interrupt_shadow;
         self.nmi_masked = state.nmi_masked;
@@ -414,11 +412,8 @@ impl Cpu {
         self.forget_everything();
         self.update_mode();
         control::set_state_msrs(self, &state.msrs)?;
-        if state.lapic.is_empty() {
-            self.lapic.reset()
-        } else {
-            self.lapic.restore(&state.lapic)
-        }
+        self.lapic.restore(&state.lapic);
+        crate::msr::restore_deadline(self, &state.msrs);
         self.lapic.set_cr8(state.cr8);
         if state.nmi_pending {
             self.lapic.deliver(crate::irqchip::Delivery::Nmi, 0, false);

@@ -7,7 +7,9 @@ pub(crate) const SLICE: u64 = 10_000;
 
 struct State {
     current: usize,
-    /// Which vCPUs take part: those inside `run` that are not halted.
+    /// Which vCPUs are inside `run`.
+    inside: u64,
+    /// Which of those take part: they are not halted.
     ready: u64,
 }
 
@@ -20,20 +22,46 @@ pub(crate) struct Turns {
 
 impl Turns {
     pub(crate) fn new(count: usize) -> Self {
-        Self { count, state: Mutex::new(State { current: 0, ready: 0 }), changed: Condvar::new() }
+        Self { count, state: Mutex::new(State { current: 0, inside: 0, ready: 0 }), changed: Condvar::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The vCPU is inside `run` from now on; it waits for its first turn.
+    pub(crate) fn begin(&self, index: usize) {
+        self.lock().inside |= 1 << index;
+        self.enter(index);
+    }
+
+    /// The vCPU leaves `run`.
+    pub(crate) fn end(&self, index: usize) {
+        self.lock().inside &= !(1 << index);
+        self.pass(index, true);
+    }
+
+    /// Lets a vCPU take part whose thread will come to [`Turns::enter`].
+    pub(crate) fn ready(&self, index: usize) {
+        let mut state = self.lock();
+        if state.inside >> index & 1 == 0 {
+            return;
+        }
+        if state.ready == 0 {
+            state.current = index;
+        }
+        state.ready |= 1 << index;
+        drop(state);
+        self.changed.notify_all();
+    }
+
     /// Takes part, and waits for this vCPU's turn.
     pub(crate) fn enter(&self, index: usize) {
         let mut state = self.lock();
-        state.ready |= 1 << index;
-        if state.ready == 1 << index {
+        if state.ready == 0 {
             state.current = index;
         }
+        state.ready |= 1 << index;
         while state.current != index {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }

@@ -52,6 +52,8 @@ pub(crate) struct VcpuShared {
     asleep: AtomicBool,
     bed: Mutex<()>,
     wake: Condvar,
+    /// By instruction count: the turns, and this vCPU's index.
+    turns: Option<(Arc<Turns>, usize)>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -59,19 +61,24 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl VcpuShared {
-    fn new() -> Arc<Self> {
+    fn new(turns: Option<(Arc<Turns>, usize)>) -> Arc<Self> {
         Arc::new(Self {
             event: AtomicU32::new(0),
             inbox: Mutex::new(Vec::new()),
             asleep: AtomicBool::new(false),
             bed: Mutex::new(()),
             wake: Condvar::new(),
+            turns,
         })
     }
 
     /// Sets event bits and wakes the vCPU if it sleeps.
     pub(crate) fn signal(&self, bits: u32) {
         self.event.fetch_or(bits, Ordering::SeqCst);
+        if let Some((turns, index)) = &self.turns {
+            // Here and not when the woken thread comes to it: who runs next must not depend on the host's scheduling.
+            turns.ready(*index);
+        }
         if self.asleep.load(Ordering::SeqCst) {
             drop(lock(&self.bed));
             self.wake.notify_all();
@@ -139,7 +146,7 @@ pub(crate) struct VmShared {
     /// Held during a locked access that the host cannot do atomically.
     pub(crate) split_lock: Mutex<()>,
     /// Whose turn it is, when execution is by instruction count.
-    pub(crate) turns: Option<Turns>,
+    pub(crate) turns: Option<Arc<Turns>>,
     /// The vCPUs whose code pages others must be told of: bit per index. Set when the vCPU first runs.
     pub(crate) active: AtomicU64,
 }
@@ -309,7 +316,10 @@ impl Engine for Soft {
                 Arc::new(IoApicRegisters(chip.clone())),
             )
             .map_err(|error| EngineError::Invalid(error.to_string()))?;
-        let vcpus: Vec<_> = (0..setup.vcpus).map(|_| VcpuShared::new()).collect();
+        let turns = setup.clock.is_virtual().then(|| Arc::new(Turns::new(setup.vcpus as usize)));
+        let vcpus: Vec<_> = (0..setup.vcpus as usize)
+            .map(|index| VcpuShared::new(turns.clone().map(|turns| (turns, index))))
+            .collect();
         for (index, vcpu) in (0..).zip(&vcpus) {
             chip.apic(index).set_notify(vcpu.clone());
         }
@@ -328,7 +338,7 @@ impl Engine for Soft {
             dirty_on: AtomicBool::new(false),
             dirty: zeroed(pages.div_ceil(64)),
             split_lock: Mutex::new(()),
-            turns: setup.clock.is_virtual().then(|| Turns::new(setup.vcpus as usize)),
+            turns,
             clock: setup.clock,
             active: AtomicU64::new(0),
         };
