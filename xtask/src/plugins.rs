@@ -40,14 +40,27 @@ pub(crate) fn build_command() -> Result<()> {
 /// # Errors
 /// One does not build.
 pub(crate) fn build_bundled() -> Result<Vec<Built>> {
+    build_each(&bundled()?, &tree::release()?.join("plugins"), true)
+}
+
+/// Builds the plugins that misbehave, for whole-system tests.
+///
+/// # Errors
+/// One does not build.
+pub(crate) fn build_misbehaving() -> Result<Vec<Built>> {
+    let fixtures = in_folder(&tree::root().join("plugins/host/tests/fixtures"))?;
+    build_each(&fixtures, &tree::target()?.join("test-plugins"), false)
+}
+
+fn build_each(folders: &[PathBuf], output: &Path, native: bool) -> Result<Vec<Built>> {
     let options = BuildOptions {
-        output: Some(tree::release()?.join("plugins")),
+        output: Some(output.to_path_buf()),
         target_dir: Some(tree::target()?),
-        native: true,
+        native,
         archive: false,
         quiet: true,
     };
-    bundled()?
+    folders
         .iter()
         .map(|folder| {
             tenon_plugin_tool::build(folder, &options)

@@ -32,6 +32,8 @@ impl Fault {
     pub const NONE: u64 = 0x200;
     /// The SYSCALL instruction.
     pub const SYSCALL: u64 = 0x100;
+    /// How a ring-3 function ends that comes to its end: by UD2. Some KVM hosts do not run INT n in ring 3.
+    pub const END: u64 = 6;
 }
 
 /// What the vectors push.
@@ -80,7 +82,7 @@ pub fn guarded(function: extern "C" fn(u64), argument: u64) -> Fault {
     outcome(faulted)
 }
 
-/// Calls a function in ring 3 and returns how it ended: it may not return, and ends by a fault, by INT 0x80 or by SYSCALL.
+/// Calls a function in ring 3 and returns how it ended: it may not return, and ends by UD2 ([`Fault::END`]), by another fault, or by SYSCALL.
 pub fn user(function: extern "C" fn(u64), argument: u64) -> Fault {
     user_at(function as *const () as u64, argument, 0x2, USER_CODE)
 }

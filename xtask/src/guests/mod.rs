@@ -2,14 +2,12 @@
 //!
 //! - Debian: the kernel of the distribution's current `linux-image-cloud-amd64`, as it is and unpacked, and an initramfs of
 //!   `busybox-static` with the init script of tests/guests/linux. Kept in the user's cache, checked by digest at every use.
-//! - Bare guests: the small programs of tests/guests, built into the target folder.
+//! - Bare guests: the small programs of tests/guests, built into the target folder; with them, the plugins that misbehave on purpose.
 
 mod bare;
 mod cpio;
 mod debian;
 mod kernel;
-
-use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
@@ -35,9 +33,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     for file in [&debian.vmlinuz, &debian.vmlinux, &debian.initramfs] {
         println!("{}", file.display());
     }
-    let guests: Vec<PathBuf> = bare()?;
-    for guest in guests {
+    for guest in bare()? {
         println!("{}", guest.display());
+    }
+    for plugin in crate::plugins::build_misbehaving()? {
+        println!("{}", plugin.directory.display());
     }
     Ok(())
 }

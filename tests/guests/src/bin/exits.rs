@@ -2,6 +2,7 @@
 #![no_std]
 #![no_main]
 
+use bare_guests::Fault;
 use bare_guests::boot::Machine;
 use bare_guests::check::exit;
 use bare_guests::fault::user_at;
@@ -13,7 +14,7 @@ bare_guests::guest!(main);
 extern "C" fn read_many(argument: u64) {
     // SAFETY: the ports of serial devices; ends the ring-3 function.
     unsafe {
-        asm!("test rcx, rcx", "jz 3f", "2:", "in al, dx", "dec rcx", "jnz 2b", "3:", "int 0x80",
+        asm!("test rcx, rcx", "jz 3f", "2:", "in al, dx", "dec rcx", "jnz 2b", "3:", "ud2",
             in("rcx") argument >> 16, in("edx") argument as u16, options(noreturn))
     }
 }
@@ -22,5 +23,5 @@ fn main(machine: &Machine) {
     let count = machine.number("count").unwrap_or(0);
     let port = machine.number("port").unwrap_or(0x3ff);
     let fault = user_at(read_many as *const () as u64, count << 16 | port & 0xffff, 0x3002, USER_CODE);
-    exit(u8::from(fault.vector != 0x80));
+    exit(u8::from(fault.vector != Fault::END));
 }

@@ -38,7 +38,7 @@ fn main(_: &Machine) {
     equal("real mode: string copy", found(4), 0xbeef);
     equal("real mode: stack", found(5), 0x7777);
     equal("real mode: 32-bit registers", found(6), 0x8001);
-    equal("real mode: decimal adjust", found(7), 0x0105);
+    equal("real mode: rotate through carry", found(7), 0x0003);
     equal("real mode: far call", found(8), 0xfa12);
 }
 
@@ -186,8 +186,8 @@ low_real:
     mov [0x7f0c], ax
 
     mov ax, 9
-    add al, 6
-    aaa
+    add al, 0xf8
+    rcl ax, 1
     mov [0x7f0e], ax
 
     xor bx, bx

@@ -30,12 +30,12 @@ macro_rules! body {
 }
 body!(read, "mov al, [rdi]");
 body!(write, "mov byte ptr [rdi], 0x5a");
-body!(write_wide, "mov rax, -1", "mov [rdi], rax");
+body!(user_write_wide, "mov rax, -1", "mov [rdi], rax", "ud2");
 body!(modify, "add dword ptr [rdi], 1");
 body!(execute, "call rdi");
-body!(user_read, "mov al, [rdi]", "int 0x80");
-body!(user_write, "mov byte ptr [rdi], 0x5a", "int 0x80");
-body!(user_execute, "call rdi", "int 0x80");
+body!(user_read, "mov al, [rdi]", "ud2");
+body!(user_write, "mov byte ptr [rdi], 0x5a", "ud2");
+body!(user_execute, "call rdi", "ud2");
 
 fn map(entry: *mut u64, value: u64) {
     // SAFETY: the entry is in `TABLE`, and this is the only vCPU.
@@ -72,7 +72,7 @@ fn main(_: &Machine) {
     faults("supervisor page: execute in ring 3", user(user_execute, BASE), 0x15, BASE);
 
     map(entry, BASE | PRESENT | USER);
-    equal("read-only page: read in ring 3", user(user_read, BASE).vector, 0x80);
+    equal("read-only page: read in ring 3", user(user_read, BASE).vector, Fault::END);
     faults("read-only page: write in ring 3", user(user_write, BASE), 7, BASE);
     faults("read-only page: write in ring 0", guarded(write, BASE), 3, BASE);
     faults("read-only page: read-modify-write in ring 0", guarded(modify, BASE), 3, BASE);
@@ -81,12 +81,12 @@ fn main(_: &Machine) {
     cpu::set_cr0(cpu::cr0() | 0x1_0000);
 
     map(entry, BASE | PRESENT | WRITE | USER | NO_EXECUTE);
-    equal("no-execute page: read in ring 3", user(user_read, BASE).vector, 0x80);
+    equal("no-execute page: read in ring 3", user(user_read, BASE).vector, Fault::END);
     faults("no-execute page: execute in ring 0", guarded(execute, BASE), 0x11, BASE);
     faults("no-execute page: execute in ring 3", user(user_execute, BASE), 0x15, BASE);
 
     map(entry, BASE | PRESENT | WRITE | USER);
-    equal("plain page: execute in ring 3", user(user_execute, BASE + 128).vector, 0x80);
+    equal("plain page: execute in ring 3", user(user_execute, BASE + 128).vector, Fault::END);
     let flags = || {
         // SAFETY: the entry is in `TABLE`.
         unsafe { entry.read_volatile() & (ACCESSED | DIRTY) }
@@ -102,7 +102,7 @@ fn main(_: &Machine) {
     // SAFETY: the entry behind is in `TABLE` too.
     unsafe { entry.add(1).write_volatile(0) };
     cpu::invlpg(BASE + 4096);
-    faults("write across into an absent page", guarded(write_wide, BASE + 4092), 2, BASE + 4096);
+    faults("write across into an absent page", user(user_write_wide, BASE + 4092), 6, BASE + 4096);
     // SAFETY: mapped above.
     equal("  nothing was written", u64::from(unsafe { memory.add(4095).read_volatile() }), 0xc3);
 

@@ -4,7 +4,7 @@
 
 use bare_guests::check::equal;
 use bare_guests::tables::{Page, Shared, split};
-use bare_guests::{apic, boot::Machine, cpu, smp, user};
+use bare_guests::{Fault, apic, boot::Machine, cpu, smp, user};
 use core::arch::{asm, global_asm};
 use core::sync::atomic::{AtomicU32, Ordering::SeqCst};
 
@@ -28,7 +28,7 @@ global_asm!(
 change_ahead:
     mov dword ptr [rip + 3f - 4], 0x2222
     mov eax, 0x1111
-3:  int 0x80
+3:  ud2
 .balign 64
 change_far:
     mov ecx, 10
@@ -38,7 +38,7 @@ change_far:
     inc dword ptr [rip + 5b - 4]
     loop 4b
     mov eax, edx
-    int 0x80
+    ud2
 "#
 );
 
@@ -102,8 +102,8 @@ fn main(machine: &Machine) {
 }
 
 fn user_result(function: unsafe extern "C" fn(u64)) -> u64 {
-    // SAFETY: the two functions touch nothing but their own code and end by INT 0x80.
+    // SAFETY: the two functions touch nothing but their own code and end by UD2.
     let function: extern "C" fn(u64) = unsafe { core::mem::transmute(function) };
     let fault = user(function, 0);
-    if fault.vector == 0x80 { fault.rax } else { u64::MAX }
+    if fault.vector == Fault::END { fault.rax } else { u64::MAX }
 }

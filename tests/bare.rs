@@ -1,0 +1,126 @@
+//! The bare guests of tests/guests: each checks one corner of the machine, and must find the same on both engines.
+
+use tenon_tests::{Outcome, Tenon, has_kvm};
+
+/// Runs a guest that makes checks.
+#[track_caller]
+fn checks(guest: &str, engine: &str, vcpus: u32) -> Outcome {
+    let outcome = Tenon::bare(guest, engine).args(["--cpus", &vcpus.to_string()]).outcome();
+    let bad: Vec<&str> = outcome.stdout.lines().filter(|line| line.starts_with("FAIL")).collect();
+    assert!(bad.is_empty(), "{guest} on {engine}:\n{}\n{}", bad.join("\n"), outcome.stderr);
+    assert_eq!(outcome.status, 0, "{guest} on {engine}: {}", outcome.all());
+    let end = outcome.stdout.lines().last().unwrap_or_default();
+    assert!(end.ends_with("checks, 0 failed"), "{guest} on {engine}: {}", outcome.all());
+    outcome
+}
+
+macro_rules! guests {
+    ($($name:ident: $guest:literal, $vcpus:literal;)+) => {
+        mod soft {
+            $(#[test] fn $name() { super::checks($guest, "soft", $vcpus); })+
+        }
+        mod kvm_agrees_with_soft {
+            $(#[test] fn $name() {
+                if super::has_kvm() {
+                    let kvm = super::checks($guest, "kvm", $vcpus);
+                    assert_eq!(kvm.stdout, super::checks($guest, "soft", $vcpus).stdout);
+                }
+            })+
+        }
+    };
+}
+
+guests! {
+    exceptions: "exceptions", 1;
+    page_faults: "paging", 1;
+    real_protected_and_long_mode: "modes", 1;
+    interrupts_and_timers: "interrupts", 1;
+    registers_and_unclaimed_addresses: "ports", 1;
+    self_modifying_code: "selfmodify", 1;
+    code_modified_by_another_vcpu: "selfmodify", 2;
+    one_vcpu: "smp", 1;
+    two_vcpus: "smp", 2;
+    four_vcpus: "smp", 4;
+    sixteen_vcpus: "smp", 16;
+}
+
+#[test]
+fn gates_and_system_calls_on_the_software_engine() {
+    checks("gates", "soft", 1);
+}
+
+#[test]
+fn gates_and_system_calls_on_kvm() {
+    // A host that runs guest kernels at hardware speed runs these as hardware does; others do not.
+    if has_kvm() && runs_kernels_on_kvm() {
+        checks("gates", "kvm", 1);
+    }
+}
+
+/// Whether `--engine auto` takes KVM here; if not, says that the test is not run.
+fn runs_kernels_on_kvm() -> bool {
+    let outcome = Tenon::bare("first", "auto").outcome();
+    assert_eq!(outcome.status, 0, "{}", outcome.all());
+    let is_fast = outcome.summary["engine"] == "kvm";
+    if !is_fast {
+        println!("not run: {}", outcome.summary["engine_reason"]);
+    }
+    is_fast
+}
+
+#[test]
+fn sixty_four_vcpus_start_on_the_software_engine() {
+    checks("smp", "soft", 64);
+}
+
+#[test]
+fn bare_guests_find_the_same_when_time_is_counted_in_instructions() {
+    for (guest, vcpus) in [("exceptions", "1"), ("interrupts", "1"), ("smp", "3")] {
+        let run = || {
+            let run = Tenon::bare(guest, "soft").args(["--clock", "icount", "--cpus", vcpus]).outcome();
+            assert_eq!(run.status, 0, "{guest}: {}", run.all());
+            run
+        };
+        let (first, second) = (run(), run());
+        assert_eq!(first.stdout, second.stdout, "{guest}");
+        let count = first.summary["instructions"].as_u64();
+        assert!(count.is_some_and(|count| count > 1000), "{guest}: {}", first.summary);
+        assert_eq!(count, second.summary["instructions"].as_u64(), "{guest}");
+    }
+}
+
+#[test]
+fn the_guests_exit_status_is_that_of_tenon() {
+    let outcome = Tenon::bare("first", "soft").outcome();
+    assert_eq!(outcome.status, 0, "{}", outcome.all());
+    assert_eq!(outcome.summary["status"], 0);
+}
+
+#[test]
+fn a_reset_ends_with_status_3() {
+    let outcome = Tenon::bare("reset", "soft").outcome();
+    assert_eq!(outcome.status, 3, "{}", outcome.all());
+    assert_eq!(outcome.stdout, "resetting\n");
+    assert_eq!(outcome.summary["end"], "reset");
+}
+
+#[test]
+fn unclaimed_addresses_are_counted_and_logged_once() {
+    let outcome = Tenon::bare("ports", "soft").outcome();
+    assert_eq!(outcome.status, 0, "{}", outcome.all());
+    let count = outcome.summary["unclaimed_accesses"].as_u64();
+    assert!(count.is_some_and(|count| count >= 13), "{}", outcome.summary);
+    let lines = outcome.stderr.lines().filter(|line| line.contains("0x5000")).count();
+    assert_eq!(lines, 1, "{}", outcome.all());
+}
+
+#[test]
+fn a_native_library_of_the_same_source_behaves_the_same() {
+    let component = checks("ports", "soft", 1);
+    let native =
+        Tenon::bare("ports", "soft").args(["--allow-native", "serial", "--allow-native", "rtc"]).outcome();
+    assert_eq!(native.status, 0, "{}", native.all());
+    assert_eq!(component.stdout, native.stdout);
+    assert_eq!(native.summary["devices"][0]["form"], "native", "{}", native.summary);
+    assert_eq!(component.summary["devices"][0]["form"], "wasm", "{}", component.summary);
+}
