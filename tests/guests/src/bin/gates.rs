@@ -1,4 +1,4 @@
-//! What KVM hosts that emulate ring 0 do not run as hardware does: INT n, system calls, IOPL, decimal arithmetic.
+//! What KVM hosts that emulate ring 0 do not run as hardware does: INT n, system calls, IOPL, CR0.TS, decimal arithmetic.
 #![no_std]
 #![no_main]
 
@@ -24,6 +24,7 @@ body!(gate, "mov eax, edi", "int 0x80");
 body!(closed_gate, "int 0x81");
 body!(twice, "int 0x80", "int 0x80", "ud2");
 body!(system_call, "mov eax, 1", "syscall", "add eax, 100", "syscall");
+body!(float, "fninit", "fld1", "ud2");
 body!(clear_interrupts, "cli", "ud2");
 
 unsafe extern "C" {
@@ -78,4 +79,9 @@ fn main(_: &Machine) {
     let fault = user_at(decimal as *const () as u64, 0, 2, USER_CODE32);
     equal("decimal arithmetic: how it ends", fault.vector, Fault::END);
     equal("decimal arithmetic: AAA and DAA", fault.rax, 0x0105_0047);
+
+    cpu::set_cr0(cpu::cr0() | 8);
+    equal("x87 while CR0.TS is set", user(float, 0).vector, 7);
+    cpu::set_cr0(cpu::cr0() & !8);
+    equal("x87 while CR0.TS is clear", user(float, 0).vector, Fault::END);
 }
