@@ -180,7 +180,6 @@ fn what_does_not_fit_is_refused_with_the_size_of_the_machine() {
     for bench in [
         bench(PROGRAM).option("load", "0xfffffc"),
         bench(PROGRAM).option("load", "0x9fffc"),
-        bench(PROGRAM).option("load", "0"),
         bench(PROGRAM).option("load", "0xfffffffffffffffe"),
         bench(PROGRAM).option("mode", "long").option("load", "0x2000000"),
         bench(&vec![0; 20 << 20]).option("mode", "protected"),

@@ -15,15 +15,14 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// All of a machine's RAM is free, but for the first page: guests take address 0 for "none", and real mode has its
-    /// vectors there.
+    /// All of a machine's RAM is free.
     #[must_use]
     pub fn new(machine: &Machine) -> Self {
         let mut free: Vec<(u64, u64)> = Vec::new();
         let mut total = 0;
         for range in machine.memory.iter().filter(|range| range.kind == MemoryKind::Ram) {
             total += range.size;
-            let (start, end) = (range.start.max(PAGE), range.start.saturating_add(range.size));
+            let (start, end) = (range.start, range.start.saturating_add(range.size));
             match free.last_mut() {
                 Some(last) if last.1 == start => last.1 = end,
                 _ if start < end => free.push((start, end)),
