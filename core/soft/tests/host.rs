@@ -1,4 +1,4 @@
-//! The engine against the host CPU in ring 3: random instruction sequences run natively and in a guest; registers, defined
+//! The engine against the host CPU in ring 3: random sequences of 64- and 32-bit instructions run natively and in a guest; registers, defined
 //! flags, the FXSAVE image, memory, and the exception that ends each run (vector, error code, address) must be the same.
 //!
 //! `TENON_DIFF_CASES` sets the number of cases (200,000; nightly 10,000,000), `TENON_DIFF_SEED` where the random numbers
@@ -48,19 +48,20 @@ fn ring_3_does_what_the_host_does() {
     let first_seed = env("TENON_DIFF_SEED", 1);
     let mut random = Random(first_seed);
     let only = std::env::var("TENON_DIFF_ONLY").ok();
-    let all = forms();
-    let first: Vec<Code> = all
-        .iter()
-        .copied()
-        .filter(|code| {
-            only.as_ref().is_none_or(|name| format!("{:?}", code.mnemonic()).eq_ignore_ascii_case(name))
-        })
-        .collect();
-    assert!(!first.is_empty(), "no such mnemonic");
+    let wanted = |code: &Code| {
+        only.as_ref().is_none_or(|name| format!("{:?}", code.mnemonic()).eq_ignore_ascii_case(name))
+    };
+    // Per mode: the forms for the first instruction, and for the others.
+    let [long, compatible] = [64, 32].map(|bits| {
+        let all = forms(bits);
+        (all.iter().copied().filter(wanted).collect::<Vec<_>>(), all)
+    });
+    assert!(!long.0.is_empty() || !compatible.0.is_empty(), "no such mnemonic");
     let engine = Soft::new();
     let mut native = Native::new();
     let mut guest = Guest::new(&engine);
-    let mut counts: BTreeMap<Code, (u64, u64)> = all.iter().map(|&code| (code, (0, 0))).collect();
+    let mut counts: BTreeMap<Code, (u64, u64)> =
+        long.1.iter().chain(&compatible.1).map(|&code| (code, (0, 0))).collect();
     let mut wrong: BTreeMap<String, (u64, String)> = BTreeMap::new();
     for n in 0..cases {
         if guest.used_up() {
@@ -68,7 +69,10 @@ fn ring_3_does_what_the_host_does() {
         }
         let seed = if n == 0 { first_seed } else { random.next() };
         let mut own = Random(seed);
-        let Some(case) = Case::new(&mut own, &first, &all) else { continue };
+        let narrow = own.one_in(4) || long.0.is_empty();
+        let (bits, (first, all)) =
+            if narrow && !compatible.0.is_empty() { (32, &compatible) } else { (64, &long) };
+        let Some(case) = Case::new(&mut own, bits, first, all) else { continue };
         let host = run_native(&mut native, &case);
         let mut data = case.data.clone();
         let ours = guest.run(&case.machine, &case.code, &mut data);
@@ -91,6 +95,11 @@ fn ring_3_does_what_the_host_does() {
             entry.0 += 1;
         }
     }
+    let mut report = String::new();
+    for (code, (count, text)) in &wrong {
+        let _ = writeln!(report, "{count} × {code}: {text}");
+    }
+    assert!(wrong.is_empty(), "{} forms differ:\n{report}", wrong.len());
     write_coverage(&counts);
     if only.is_none() && cases >= 200_000 {
         let missing: Vec<_> =
@@ -98,11 +107,6 @@ fn ring_3_does_what_the_host_does() {
         assert!(missing.is_empty(), "forms that no case executed: {missing:?}");
         mix::check(&counts);
     }
-    let mut report = String::new();
-    for (code, (count, text)) in &wrong {
-        let _ = writeln!(report, "{count} × {code}: {text}");
-    }
-    assert!(wrong.is_empty(), "{} forms differ:\n{report}", wrong.len());
 }
 
 fn run_native(native: &mut Native, case: &Case) -> End {
@@ -152,6 +156,7 @@ fn compare(
         differ("error code", (ours.error & error_mask).into(), (host.error & error_mask).into());
     }
     differ("rip", mine.rip.into(), theirs.rip.into());
+    differ("cs", mine.cs.into(), theirs.cs.into());
     for i in 0..16 {
         differ(
             &format!("{:?}", iced_x86::Register::RAX + i as u32),
@@ -159,7 +164,7 @@ fn compare(
             theirs.gpr[i].into(),
         );
     }
-    let mask = FLAGS & !case.undefined_flags(theirs.rip);
+    let mask = FLAGS & !case.undefined_flags(theirs.rip, host.vector);
     differ("rflags", (mine.rflags & mask).into(), (theirs.rflags & mask).into());
     let (a, mut b) = (fp(&mine.fp, host.vector == 19), fp(&theirs.fp, host.vector == 19));
     if host.vector != 3 && case.is_maskmovq(theirs.rip) {

@@ -144,7 +144,7 @@ fn every_instruction_does_what_the_host_does() {
             only.as_ref().is_none_or(|name| format!("{:?}", code.mnemonic()).eq_ignore_ascii_case(name))
         })
         .filter(|&code| {
-            let Some((_, decoded)) = instruction(&mut random, code, CODE) else { return false };
+            let Some((_, decoded)) = instruction(&mut random, code, CODE, 64) else { return false };
             let Some(op) = lower(&decoded) else { return false };
             (op.run)(&mut FpState::power_on(), &mut Operands::default()) != Err(FpFault::Ud)
         })
@@ -192,7 +192,7 @@ fn case(
     wrong: &mut BTreeMap<String, (usize, String)>,
 ) {
     let seed = random.0;
-    let Some((bytes, decoded)) = instruction(random, code, CODE) else { return };
+    let Some((bytes, decoded)) = instruction(random, code, CODE, 64) else { return };
     let op = lower(&decoded).expect("listed as lowered");
     let mut machine = Machine::zero();
     machine.rip = CODE;

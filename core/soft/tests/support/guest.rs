@@ -10,7 +10,7 @@ use tenon_core::{
     Vcpu, Vm, VmSetup,
 };
 
-use crate::native::{CODE, CODE_SIZE, DATA, DATA_SIZE, End, Machine, WRITABLE};
+use crate::native::{CODE, CODE_SIZE, CODE32, DATA, DATA_SIZE, End, Machine, USER_DATA, WRITABLE};
 
 const RAM_SIZE: u64 = 64 << 20;
 /// The kernel's view of the first 2 MiB.
@@ -119,7 +119,7 @@ impl Guest {
             let write = if page * 0x1000 < WRITABLE as u64 { WRITE } else { 0 };
             self.put_u64(
                 data_table + 8 * page,
-                DATA_PAGES + page * 0x1000 | PRESENT | USER | NO_EXECUTE | write,
+                (DATA_PAGES + page * 0x1000) | PRESENT | USER | NO_EXECUTE | write,
             );
         }
         // The selectors that Linux uses.
@@ -165,6 +165,11 @@ impl Guest {
         state.rip = machine.rip;
         state.rflags = machine.rflags;
         state.fxsave.copy_from_slice(&machine.fp);
+        if machine.cs == CODE32 {
+            let data = state.segments[2];
+            (state.segments[0], state.segments[3]) = (data, data);
+            state.segments[1] = Segment { selector: CODE32 as u16, rights: 0xc0fb, ..state.segments[1] };
+        }
         self.vcpu.set_state(&state).map_err(|error| error.to_string())?;
         match self.vcpu.run().map_err(|error| error.to_string())? {
             Stop::Kicked => {}
@@ -184,7 +189,7 @@ impl Guest {
         let error = if has_error { self.get_u64(frame) } else { 0 };
         let frame = frame + if has_error { 8 } else { 0 };
         let (cs, ss) = (self.get_u64(frame + 8), self.get_u64(frame + 32));
-        if (cs, ss) != (0x33, 0x2b) {
+        if ss != USER_DATA {
             return Err(format!("vector {vector}: came from CS {cs:#x}, SS {ss:#x}"));
         }
         let mut result = Machine {
@@ -192,6 +197,7 @@ impl Guest {
             gpr: after.general,
             rflags: self.get_u64(frame + 16),
             rip: self.get_u64(frame),
+            cs,
         };
         result.gpr[4] = self.get_u64(frame + 24);
         result.fp.copy_from_slice(&after.fxsave);
@@ -199,7 +205,7 @@ impl Guest {
     }
 }
 
-/// Ring 3, 64-bit code, as Linux runs it.
+/// Ring 3, 64-bit code, as Linux runs it; a run may ask for 32-bit code.
 fn template(mut state: CpuState) -> CpuState {
     let null = Segment { selector: 0, base: 0, limit: 0, rights: 0 };
     state.segments = [null; 6];

@@ -4,11 +4,12 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 use iced_x86::{
-    Code, CpuidFeature, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register,
+    Code, CodeSize, CpuidFeature, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpKind,
+    Register,
 };
 
 use crate::generate::{Random, aim, instruction};
-use crate::native::{CODE, CODE_SIZE, DATA, DATA_SIZE, Machine, WRITABLE};
+use crate::native::{CODE, CODE_SIZE, CODE32, DATA, DATA_SIZE, Machine, WRITABLE};
 
 pub struct Case {
     pub machine: Machine,
@@ -19,16 +20,19 @@ pub struct Case {
     undefined: Vec<u64>,
 }
 
-/// The instruction forms that ring 3 can execute and the engine's CPU shows.
-pub fn forms() -> Vec<Code> {
-    Code::values().filter(|&code| usable(code)).collect()
+/// The instruction forms that ring 3 can execute in 64- or 32-bit code, and the engine's CPU shows.
+pub fn forms(bits: u32) -> Vec<Code> {
+    Code::values().filter(|&code| usable(code, bits)).collect()
 }
 
-fn usable(code: Code) -> bool {
+fn usable(code: Code, bits: u32) -> bool {
     use CpuidFeature as F;
     use Mnemonic as M;
     let form = code.op_code();
-    if !form.is_instruction() || !form.mode64() || form.encoding() != iced_x86::EncodingKind::Legacy {
+    if !form.is_instruction()
+        || !(if bits == 64 { form.mode64() } else { form.mode32() })
+        || form.encoding() != iced_x86::EncodingKind::Legacy
+    {
         return false;
     }
     let shown = code.cpuid_features().iter().all(|feature| {
@@ -113,21 +117,24 @@ fn target(random: &mut Random) -> u64 {
             random.pick(&[0x7fff_ffff_ffff, 0x8000_0000_0000, 0xffff_7fff_ffff_ffff, 1 << 63])
                 - random.below(16)
         }
-        14..=31 => DATA + random.below(WRITABLE as u64 - 0x400) & !15,
+        14..=31 => (DATA + random.below(WRITABLE as u64 - 0x400)) & !15,
         _ => DATA + random.below(WRITABLE as u64 - 0x400),
     }
 }
 
 impl Case {
-    /// `first`: forms for the first instruction, `all` for the others.
-    pub fn new(random: &mut Random, first: &[Code], all: &[Code]) -> Option<Self> {
+    /// `first`: forms for the first instruction, `all` for the others; all of `bits`-bit code.
+    pub fn new(random: &mut Random, bits: u32, first: &[Code], all: &[Code]) -> Option<Self> {
         let mut machine = Machine::zero();
         for register in &mut machine.gpr {
             *register = random.integer();
         }
+        if bits == 32 {
+            machine.cs = CODE32;
+        }
         for register in [4, 5, 6, 7] {
             if register == 4 || !random.one_in(4) {
-                machine.gpr[register] = DATA + 0x400 + random.below(WRITABLE as u64 - 0x800)
+                machine.gpr[register] = (DATA + 0x400 + random.below(WRITABLE as u64 - 0x800))
                     & if random.one_in(8) { !0 } else { !7 };
             }
         }
@@ -142,6 +149,7 @@ impl Case {
         }
 
         let mut builder = Builder {
+            bits,
             machine,
             data,
             pinned: BTreeSet::new(),
@@ -173,6 +181,9 @@ impl Case {
             instructions.truncate(1);
             instructions[0].set_ip(CODE + start);
         }
+        if bits == 32 {
+            machine.gpr = machine.gpr.map(|value| value & 0xffff_ffff);
+        }
         machine.rip = CODE + start;
         let mut code = Box::new([0xcc; CODE_SIZE]);
         let fits = bytes.len().min(CODE_SIZE - start as usize);
@@ -180,9 +191,10 @@ impl Case {
         Some(Self { machine, code, data, instructions, undefined: undefined_after })
     }
 
-    /// The flags that nobody defines when the run has ended at `rip`.
-    pub fn undefined_flags(&self, rip: u64) -> u64 {
-        match self.instructions.iter().position(|instruction| instruction.ip() == rip) {
+    /// The flags that nobody defines when the run has ended at `rip` with this vector. (An INT3 may end right before an instruction.)
+    pub fn undefined_flags(&self, rip: u64, vector: u8) -> u64 {
+        let faulted = self.instructions.iter().position(|instruction| instruction.ip() == rip);
+        match faulted.filter(|_| vector != 3) {
             Some(0) => 0,
             Some(n) => self.undefined[n - 1],
             None => *self.undefined.last().expect("an instruction"),
@@ -235,10 +247,12 @@ fn address(instruction: &Instruction, operand: u32, gpr: &[u64; 16]) -> u64 {
             _ => value,
         })
     });
-    found.unwrap_or(0)
+    let found = found.unwrap_or(0);
+    if instruction.code_size() == CodeSize::Code64 { found } else { found & 0xffff_ffff }
 }
 
 struct Builder {
+    bits: u32,
     machine: Machine,
     data: Box<[u8; DATA_SIZE]>,
     /// Registers that earlier instructions have read or written: their first values are taken.
@@ -251,12 +265,16 @@ struct Builder {
 }
 
 impl Builder {
+    fn target(&self, random: &mut Random) -> u64 {
+        target(random) & if self.bits == 32 { 0xffff_ffff } else { u64::MAX }
+    }
+
     /// Adds an instruction of this form. False: there shall be no further one.
     fn add(&mut self, random: &mut Random, code: Code) -> bool {
         use Mnemonic as M;
         let alone = self.instructions.is_empty();
         let ip = CODE + self.start + self.bytes.len() as u64;
-        let Some((bytes, instruction)) = instruction(random, code, ip) else { return false };
+        let Some((bytes, instruction)) = instruction(random, code, ip, self.bits) else { return false };
         let mnemonic = instruction.mnemonic();
         if !alone
             && matches!(
@@ -310,7 +328,7 @@ impl Builder {
                     self.machine.gpr[register.number()] = random.below(4096).wrapping_sub(1024);
                 }
             }
-            let mut to = target(random);
+            let mut to = self.target(random);
             if matches!(mnemonic, M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64) && !random.one_in(4) {
                 to &= !15;
             }
@@ -320,6 +338,10 @@ impl Builder {
             if !self.pinned.contains(&Register::RCX) {
                 self.machine.gpr[1] = if random.one_in(16) { random.below(0x6000) } else { random.below(40) };
             }
+            let short = [instruction.op0_kind(), instruction.op1_kind()].contains(&OpKind::MemorySegSI);
+            if short && instruction.op_count() == 2 && instruction.op0_kind() != OpKind::Register {
+                return false; // Both are where nothing is mapped.
+            }
             // One of them is harmless: which of two faults comes first is the model's own.
             let harmful = random.pick(&[6, 7]);
             for (register, number) in [(Register::RSI, 6), (Register::RDI, 7)] {
@@ -327,7 +349,7 @@ impl Builder {
                     let both = used.contains(&Register::RSI) && used.contains(&Register::RDI);
                     let benign = DATA + 0x400 + random.below(WRITABLE as u64 - 0x800);
                     self.machine.gpr[number] =
-                        if both && number != harmful { benign } else { target(random) };
+                        if both && number != harmful { benign } else { self.target(random) };
                 }
             }
         }
@@ -343,15 +365,15 @@ impl Builder {
             M::Div | M::Idiv if alone && random.one_in(2) => {
                 self.machine.gpr[2] = random.pick(&[0, 0, 0, 1, u64::MAX])
             }
-            M::Xlatb if alone => self.machine.gpr[3] = target(random),
-            M::Maskmovq | M::Maskmovdqu if alone => self.machine.gpr[7] = target(random),
+            M::Xlatb if alone => self.machine.gpr[3] = self.target(random),
+            M::Maskmovq | M::Maskmovdqu if alone => self.machine.gpr[7] = self.target(random),
             M::Cmpxchg8b if alone && random.one_in(2) => self.agree_with_memory(&instruction, memory),
             M::Cmpxchg if alone && random.one_in(2) => self.agree_with_memory(&instruction, memory),
-            M::Leave if alone => self.machine.gpr[5] = target(random),
+            M::Leave if alone => self.machine.gpr[5] = self.target(random),
             M::Push | M::Pop | M::Call | M::Ret | M::Enter | M::Pushf | M::Pushfq
                 if alone && random.one_in(8) =>
             {
-                self.machine.gpr[4] = target(random);
+                self.machine.gpr[4] = self.target(random);
             }
             _ => {}
         }
@@ -361,7 +383,7 @@ impl Builder {
             return false;
         }
         self.prepare_memory(random, &instruction, memory);
-        if mnemonic == M::Popf || mnemonic == M::Popfq {
+        if matches!(mnemonic, M::Popf | M::Popfd | M::Popfq) {
             // Not: single steps, nested tasks, alignment checks.
             self.clear_bits(self.machine.gpr[4], 0x4_4100);
         }
@@ -546,7 +568,7 @@ impl fmt::Display for Case {
         for (n, value) in self.machine.gpr.iter().enumerate() {
             write!(f, "    {:?} {value:#x}", Register::RAX + n as u32)?;
         }
-        writeln!(f, "    rflags {:#x}", self.machine.rflags)?;
+        writeln!(f, "    rflags {:#x} cs {:#x}", self.machine.rflags, self.machine.cs)?;
         if let Some(operand) =
             (0..self.instructions[0].op_count()).find(|&n| self.instructions[0].op_kind(n) == OpKind::Memory)
         {

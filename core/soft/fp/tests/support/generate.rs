@@ -172,10 +172,10 @@ impl Random {
     }
 }
 
-/// Machine code of the form `code` with random operands, decoded at `ip`; `None` if it has no 64-bit legacy encoding.
-pub fn instruction(random: &mut Random, code: Code, ip: u64) -> Option<(Vec<u8>, Instruction)> {
+/// 64- or 32-bit machine code of the form `code` with random operands, decoded at `ip`; `None` if it has no such encoding.
+pub fn instruction(random: &mut Random, code: Code, ip: u64, bits: u32) -> Option<(Vec<u8>, Instruction)> {
     let form = code.op_code();
-    if !form.mode64() || form.encoding() != EncodingKind::Legacy {
+    if !(if bits == 64 { form.mode64() } else { form.mode32() }) || form.encoding() != EncodingKind::Legacy {
         return None;
     }
     for _ in 0..64 {
@@ -215,7 +215,7 @@ pub fn instruction(random: &mut Random, code: Code, ip: u64) -> Option<(Vec<u8>,
         if random.one_in(32) {
             rex |= 0x48;
         }
-        if rex != 0 {
+        if rex != 0 && bits == 64 {
             bytes.push(rex | 0x40);
         }
         match form.table() {
@@ -251,7 +251,7 @@ pub fn instruction(random: &mut Random, code: Code, ip: u64) -> Option<(Vec<u8>,
             bytes[start] = 0xc0 | bytes[start] & 0x38 | form.rm_group_index() as u8;
         }
         bytes.truncate(15);
-        let mut decoder = Decoder::with_ip(64, &bytes, ip, DecoderOptions::AMD);
+        let mut decoder = Decoder::with_ip(bits, &bytes, ip, DecoderOptions::AMD);
         let decoded = decoder.decode();
         if decoded.is_invalid() || decoded.code() != code {
             continue;
@@ -276,7 +276,7 @@ pub fn instruction(random: &mut Random, code: Code, ip: u64) -> Option<(Vec<u8>,
             let value = random.integer().to_le_bytes();
             bytes[at..at + offsets.immediate_size()].copy_from_slice(&value[..offsets.immediate_size()]);
         }
-        let decoded = Decoder::with_ip(64, &bytes, ip, DecoderOptions::AMD).decode();
+        let decoded = Decoder::with_ip(bits, &bytes, ip, DecoderOptions::AMD).decode();
         if decoded.code() == code && decoded.len() == bytes.len() {
             return Some((bytes, decoded));
         }

@@ -22,11 +22,19 @@ pub struct Machine {
     pub gpr: [u64; 16],
     pub rflags: u64,
     pub rip: u64,
+    /// The code segment: [`CODE64`] or [`CODE32`].
+    pub cs: u64,
 }
+
+/// Linux's selectors for user code.
+pub const CODE64: u64 = 0x33;
+pub const CODE32: u64 = 0x23;
+/// Its selector for user data.
+pub const USER_DATA: u64 = 0x2b;
 
 impl Machine {
     pub const fn zero() -> Self {
-        Self { fp: [0; 512], gpr: [0; 16], rflags: 2, rip: 0 }
+        Self { fp: [0; 512], gpr: [0; 16], rflags: 2, rip: 0, cs: CODE64 }
     }
 }
 
@@ -43,6 +51,8 @@ pub struct End {
 struct Context {
     input: Machine,
     host_rsp: u64,
+    /// For DS and ES.
+    data: u64,
     active: u64,
     output: Machine,
     vector: u64,
@@ -58,6 +68,7 @@ const HOST_RSP: usize = size_of::<Machine>();
 static mut CONTEXT: Context = Context {
     input: Machine::zero(),
     host_rsp: 0,
+    data: 0,
     active: 0,
     output: Machine::zero(),
     vector: 0,
@@ -72,13 +83,18 @@ unsafe extern "sysv64" fn enter() {
         "lea r15, [rip + {context}]",
         "mov [r15 + {host_rsp}], rsp",
         "fxrstor64 [r15]",
+        "mov eax, [r15 + {data}]",
+        "mov ds, eax",
+        "mov es, eax",
+        "push 0x2b",
+        "push qword ptr [r15 + {gpr} + 32]",
         "push qword ptr [r15 + {rflags}]",
-        "popfq",
+        "push qword ptr [r15 + {cs}]",
+        "push qword ptr [r15 + {rip}]",
         "mov rax, [r15 + {gpr} + 0]",
         "mov rcx, [r15 + {gpr} + 8]",
         "mov rdx, [r15 + {gpr} + 16]",
         "mov rbx, [r15 + {gpr} + 24]",
-        "mov rsp, [r15 + {gpr} + 32]",
         "mov rbp, [r15 + {gpr} + 40]",
         "mov rsi, [r15 + {gpr} + 48]",
         "mov rdi, [r15 + {gpr} + 56]",
@@ -90,12 +106,14 @@ unsafe extern "sysv64" fn enter() {
         "mov r13, [r15 + {gpr} + 104]",
         "mov r14, [r15 + {gpr} + 112]",
         "mov r15, [r15 + {gpr} + 120]",
-        "jmp qword ptr [rip + {context} + {rip}]",
+        "iretq",
         context = sym CONTEXT,
         host_rsp = const HOST_RSP,
         rflags = const INPUT_RFLAGS,
         gpr = const INPUT_GPR,
         rip = const INPUT_RIP,
+        cs = const INPUT_RIP + 8,
+        data = const HOST_RSP + 8,
     )
 }
 
@@ -104,7 +122,8 @@ unsafe extern "sysv64" fn enter() {
 unsafe extern "sysv64" fn leave() {
     naked_asm!(
         "fninit",
-        "cld",
+        "push 2",
+        "popfq",
         "push 0x1f80",
         "ldmxcsr [rsp]",
         "pop rax",
@@ -153,6 +172,9 @@ extern "C" fn on_signal(signal: i32, _: *mut libc::siginfo_t, context: *mut libc
         }
         output.rip = registers[libc::REG_RIP as usize] as u64;
         output.rflags = registers[libc::REG_EFL as usize] as u64;
+        let selectors = &mut registers[libc::REG_CSGSFS as usize];
+        output.cs = *selectors as u64 & 0xffff;
+        *selectors = *selectors & !0xffff | CODE64 as i64;
         output.fp.copy_from_slice(std::slice::from_raw_parts(machine.fpregs.cast::<u8>(), 512));
         (*ours).vector = registers[libc::REG_TRAPNO as usize] as u64;
         (*ours).error = registers[libc::REG_ERR as usize] as u64;
@@ -229,6 +251,7 @@ impl Native {
         // SAFETY: one thread at a time: `&mut self`, and tests make one `Native`.
         unsafe {
             (*ours).input = machine.clone();
+            (*ours).data = if machine.cs == CODE32 { USER_DATA } else { 0 };
             (*ours).active = 1;
             enter();
             End {
