@@ -1,4 +1,5 @@
 //! Compound values survive the native boundary, and no bytes from the other side do harm.
+#![allow(clippy::unwrap_used, reason = "a test and its helpers")]
 
 use tenon_abi::wire::{self, WireError};
 use tenon_abi::{

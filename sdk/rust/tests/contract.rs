@@ -1,9 +1,11 @@
 //! The native tables and the WIT say the same: the WIT stays the only description of the contract.
 
+#![allow(clippy::unwrap_used, reason = "a test and its helpers")]
+
 use std::path::Path;
 
 use tenon_sdk::abi::{CONTRACT, DeviceHost, DeviceTable, PersonalityHost, PersonalityTable};
-use wit_parser::{Function, FunctionKind, Resolve, WorldItem, WorldKey};
+use wit_bindgen_core::wit_parser::{Function, FunctionKind, Resolve, WorldItem, WorldKey};
 
 /// The functions that a plugin of this kind imports and exports, by the names that the tables give them.
 fn functions(kind: &str) -> (Vec<String>, Vec<String>) {

@@ -10,16 +10,10 @@ use super::{
     StopMethod, Table,
 };
 
-/// What `wit-bindgen` makes of the contract.
+/// What `wit-bindgen` makes of the contract. It is kept as a file, so that a plugin's build need not make it; a test says when it is out of date.
 #[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub, reason = "generated code")]
-pub mod bindings {
-    wit_bindgen::generate!({
-        path: "../../wit/personality",
-        world: "personality-plugin",
-        pub_export_macro: true,
-        runtime_path: "::tenon_sdk::wit_bindgen::rt",
-    });
-}
+#[rustfmt::skip]
+pub mod bindings;
 
 pub(crate) struct Image(imports::images::Image);
 
