@@ -1,7 +1,7 @@
 //! What users, images and plugins get wrong: an error that names the thing, status 1 or 2 (usage), and nothing left behind.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use tenon_tests::{Outcome, Tenon, bundled, debian, test_plugins};
 
@@ -153,13 +153,14 @@ fn permission_for_a_plugin_that_is_not_there_is_a_usage_error() {
 /// A copy of the exit device with one of its files changed, given to a machine.
 fn broken(file: &str, change: impl Fn(Vec<u8>) -> Vec<u8>) -> Outcome {
     let tenon = linux();
-    let mut folder = None;
+    let mut folder = PathBuf::new();
     for name in ["plugin.toml", "plugin.wasm"] {
-        let bytes = fs::read(bundled("exit").join(name)).unwrap();
+        let bytes = fs::read(bundled("exit").join(name)).expect("a bundled plugin");
         let bytes = if name == file { change(bytes) } else { bytes };
-        folder = Some(tenon.file(&format!("broken/{name}"), &bytes));
+        folder = tenon.file(&format!("broken/{name}"), &bytes);
+        folder.pop();
     }
-    tenon.arg("--device").arg(folder.unwrap().parent().unwrap()).outcome()
+    tenon.arg("--device").arg(folder).outcome()
 }
 
 #[test]

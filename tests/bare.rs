@@ -105,8 +105,23 @@ fn a_reset_ends_with_status_3() {
 }
 
 #[test]
+fn a_reset_starts_the_guest_again_where_that_is_wanted() {
+    let outcome =
+        Tenon::bare("reset", "soft").args(["--on-reset", "restart"]).until("resetting\n", 3).outcome();
+    assert_eq!(outcome.status, 143, "{}", outcome.all());
+    assert!(outcome.stdout.starts_with("resetting\nresetting\nresetting\n"), "{}", outcome.all());
+}
+
+#[test]
+fn a_signal_ends_a_guest_that_never_would() {
+    let outcome = Tenon::bare("spin", "soft").args(["--cpus", "2"]).until("spinning\n", 1).outcome();
+    assert_eq!(outcome.status, 143, "{}", outcome.all());
+    assert_eq!(outcome.summary["end"]["stopped"], "SIGTERM", "{}", outcome.summary);
+}
+
+#[test]
 fn unclaimed_addresses_are_counted_and_logged_once() {
-    let outcome = Tenon::bare("ports", "soft").outcome();
+    let outcome = Tenon::bare("ports", "soft").args(["--log", "debug"]).outcome();
     assert_eq!(outcome.status, 0, "{}", outcome.all());
     let count = outcome.summary["unclaimed_accesses"].as_u64();
     assert!(count.is_some_and(|count| count >= 13), "{}", outcome.summary);

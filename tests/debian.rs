@@ -63,9 +63,18 @@ fn sixteen_vcpus_carry_a_load() {
 
 #[test]
 fn a_reboot_ends_with_status_3() {
-    let outcome = Tenon::debian("reboot").outcome();
+    // The last word wins: by the ACPI reset register, not by a triple fault.
+    let outcome = Tenon::debian("reboot reboot=a").outcome();
     reaches_its_shell(&outcome);
     assert_eq!(outcome.status, 3, "{}", outcome.all());
+}
+
+#[test]
+fn the_shell_answers_what_is_typed() {
+    let outcome =
+        Tenon::debian("shell quiet").typing("tenon-guest:/# ", "echo $((6 * 7))\npoweroff -f\n").outcome();
+    assert_eq!(outcome.status, 0, "{}", outcome.all());
+    assert!(outcome.stdout.contains("\n42\n"), "{}", outcome.all());
 }
 
 #[test]

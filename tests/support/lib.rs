@@ -3,10 +3,10 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{ChildStdin, Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -57,6 +57,19 @@ pub struct Tenon {
     command: Command,
     scratch: TempDir,
     limit: Duration,
+    cue: Option<Cue>,
+}
+
+/// What is done when the guest has printed a text so many times.
+struct Cue {
+    text: String,
+    times: usize,
+    deed: Deed,
+}
+
+enum Deed {
+    Type(String),
+    Terminate,
 }
 
 impl Tenon {
@@ -73,7 +86,7 @@ impl Tenon {
         fs::create_dir(&temporary).expect("a temporary folder");
         let mut command = Command::new(program);
         command.arg("run").env("TMPDIR", temporary).stdin(Stdio::null()).process_group(0);
-        Self { command, scratch, limit: Duration::from_secs(120) }
+        Self { command, scratch, limit: Duration::from_secs(120), cue: None }
     }
 
     /// `tenon run` with a bare guest, entered by the flat personality, on this engine.
@@ -138,6 +151,21 @@ impl Tenon {
         self
     }
 
+    /// Types `text` on the console, once the guest has printed `prompt`.
+    #[must_use]
+    pub fn typing(mut self, prompt: &str, text: &str) -> Self {
+        self.command.stdin(Stdio::piped());
+        self.cue = Some(Cue { text: prompt.to_owned(), times: 1, deed: Deed::Type(text.to_owned()) });
+        self
+    }
+
+    /// Ends the command by SIGTERM, once the guest has printed `text` so many times.
+    #[must_use]
+    pub fn until(mut self, text: &str, times: usize) -> Self {
+        self.cue = Some(Cue { text: text.to_owned(), times, deed: Deed::Terminate });
+        self
+    }
+
     /// Runs the command to its end, and checks that nothing is left behind.
     ///
     /// # Panics
@@ -150,17 +178,23 @@ impl Tenon {
         let mut process = self.command.spawn().expect("tenon starts");
         let group = process.id();
         let (sender, ended) = mpsc::channel();
-        let reader = |mut from: Box<dyn Read + Send>| {
+        let reader = |mut from: Box<dyn Read + Send>, mut cue: Option<Cue>, mut input: Option<ChildStdin>| {
             let sender = sender.clone();
             thread::spawn(move || {
-                let mut bytes = Vec::new();
-                let _ = from.read_to_end(&mut bytes);
+                let (mut text, mut bytes) = (String::new(), [0; 4096]);
+                while let Ok(count @ 1..) = from.read(&mut bytes) {
+                    text.push_str(&String::from_utf8_lossy(&bytes[..count]).replace('\r', ""));
+                    if let Some(due) = cue.take_if(|cue| text.matches(&cue.text).count() >= cue.times) {
+                        due.deed.perform(group, &mut input);
+                    }
+                }
                 let _ = sender.send(());
-                String::from_utf8_lossy(&bytes).replace('\r', "")
+                text
             })
         };
-        let out = reader(Box::new(process.stdout.take().expect("a pipe")));
-        let err = reader(Box::new(process.stderr.take().expect("a pipe")));
+        let (out, err) = (process.stdout.take().expect("a pipe"), process.stderr.take().expect("a pipe"));
+        let out = reader(Box::new(out), self.cue.take(), process.stdin.take());
+        let err = reader(Box::new(err), None, None);
         let in_time = ended.recv_timeout(self.limit).is_ok() && ended.recv_timeout(self.limit).is_ok();
         if !in_time {
             let _ = process.kill();
@@ -184,6 +218,21 @@ impl Tenon {
         let processes = members(group);
         assert!(processes.is_empty(), "processes are left behind: {processes:?}\n{}", outcome.all());
         outcome
+    }
+}
+
+impl Deed {
+    fn perform(self, process: u32, input: &mut Option<ChildStdin>) {
+        match self {
+            Deed::Type(text) => {
+                let input = input.as_mut().expect("standard input is a pipe");
+                input.write_all(text.as_bytes()).expect("what is typed is taken");
+            }
+            Deed::Terminate => {
+                let sent = Command::new("kill").arg(process.to_string()).status();
+                assert!(sent.is_ok_and(|status| status.success()), "SIGTERM cannot be sent");
+            }
+        }
     }
 }
 

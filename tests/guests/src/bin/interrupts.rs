@@ -116,6 +116,9 @@ fn main(_: &Machine) {
     apic::write(apic::DIVIDE, 0xb);
     apic::write(apic::LVT_TIMER, u32::from(TIMER));
     apic::write(apic::INITIAL_COUNT, u32::MAX);
+    for _ in 0..100 {
+        core::hint::spin_loop();
+    }
     let early = apic::read(apic::CURRENT_COUNT);
     apic::write(apic::INITIAL_COUNT, 1_000_000);
     wait_for(1);
