@@ -190,6 +190,180 @@ enum Place {
     Io(u64),
 }
 
+/// A CPU whose memory is what the TLB has: an access that misses fails without any effect, and without a call.
+///
+/// Handlers run on this first, and when that fails once more on the [`Cpu`] itself, out of line. So the fast form has nothing to save
+/// on the host's stack.
+pub(crate) struct Fast<'a>(pub(crate) &'a mut Cpu);
+
+impl std::ops::Deref for Fast<'_> {
+    type Target = Cpu;
+    #[inline(always)]
+    fn deref(&self) -> &Cpu {
+        self.0
+    }
+}
+
+impl std::ops::DerefMut for Fast<'_> {
+    #[inline(always)]
+    fn deref_mut(&mut self) -> &mut Cpu {
+        self.0
+    }
+}
+
+/// Memory as handlers reach it: by the TLB alone ([`Fast`]), or by all means ([`Cpu`]).
+pub(crate) trait Memory {
+    /// The CPU.
+    fn cpu(&mut self) -> &mut Cpu;
+    /// [`Cpu::load`].
+    fn load<T: Word>(&mut self, address: u64) -> Result<T, Trap>;
+    /// [`Cpu::update`].
+    fn update<T: Word>(&mut self, address: u64, f: impl FnOnce(&mut Cpu, T) -> T) -> Result<(), Trap>;
+    /// [`Cpu::update_locked`].
+    fn update_locked<T: Word, R>(&mut self, address: u64, f: impl Fn(T) -> (T, R)) -> Result<R, Trap>;
+}
+
+macro_rules! memory {
+    ($($t:tt)*) => {
+        impl Memory for $($t)* {
+            #[inline(always)]
+            fn cpu(&mut self) -> &mut Cpu {
+                self
+            }
+            #[inline(always)]
+            fn load<T: Word>(&mut self, address: u64) -> Result<T, Trap> {
+                <$($t)*>::load(self, address)
+            }
+            #[inline(always)]
+            fn update<T: Word>(&mut self, address: u64, f: impl FnOnce(&mut Cpu, T) -> T) -> Result<(), Trap> {
+                <$($t)*>::update(self, address, f)
+            }
+            #[inline(always)]
+            fn update_locked<T: Word, R>(&mut self, address: u64, f: impl Fn(T) -> (T, R)) -> Result<R, Trap> {
+                <$($t)*>::update_locked(self, address, f)
+            }
+        }
+    };
+}
+
+memory!(Fast<'_>);
+memory!(Cpu);
+
+impl Fast<'_> {
+    #[inline(always)]
+    fn readable(&self, address: u64, size: u64) -> Result<*const u8, Trap> {
+        // SAFETY: the entry is inside the TLB.
+        unsafe {
+            let entry = Cpu::entry(self.0.tlb, address);
+            if (*entry).read == address.wrapping_add(size - 1) & PAGE {
+                return Ok(std::ptr::with_exposed_provenance(address.wrapping_add((*entry).addend) as usize));
+            }
+        }
+        Err(Trap)
+    }
+
+    #[inline(always)]
+    fn writable(&self, address: u64, size: u64) -> Result<*mut u8, Trap> {
+        // SAFETY: the entry is inside the TLB.
+        unsafe {
+            let entry = Cpu::entry(self.0.tlb, address);
+            if (*entry).write == address.wrapping_add(size - 1) & PAGE {
+                return Ok(std::ptr::with_exposed_provenance_mut(
+                    address.wrapping_add((*entry).addend) as usize
+                ));
+            }
+        }
+        Err(Trap)
+    }
+
+    /// [`Cpu::load`].
+    #[inline(always)]
+    pub(crate) fn load<T: Word>(&mut self, address: u64) -> Result<T, Trap> {
+        let p = self.readable(address, T::SIZE)?;
+        // SAFETY: a matching tag vouches for the page's host memory.
+        Ok(unsafe { T::load(p) })
+    }
+
+    /// [`Cpu::store`].
+    #[inline(always)]
+    pub(crate) fn store<T: Word>(&mut self, address: u64, value: T) -> Result<(), Trap> {
+        let p = self.writable(address, T::SIZE)?;
+        // SAFETY: as in `load`.
+        unsafe { T::store(p, value) };
+        Ok(())
+    }
+
+    /// [`Cpu::update`].
+    #[inline(always)]
+    pub(crate) fn update<T: Word>(
+        &mut self,
+        address: u64,
+        f: impl FnOnce(&mut Cpu, T) -> T,
+    ) -> Result<(), Trap> {
+        let p = self.writable(address, T::SIZE)?;
+        // SAFETY: as in `load`.
+        unsafe {
+            let new = f(self.0, T::load(p));
+            T::store(p, new);
+        }
+        Ok(())
+    }
+
+    /// [`Cpu::update_locked`].
+    #[inline(always)]
+    pub(crate) fn update_locked<T: Word, R>(
+        &mut self,
+        address: u64,
+        f: impl Fn(T) -> (T, R),
+    ) -> Result<R, Trap> {
+        let p = self.writable(address, T::SIZE)?;
+        if address & (T::SIZE - 1) != 0 {
+            return Err(Trap);
+        }
+        // SAFETY: as in `load`; the address is aligned.
+        Ok(unsafe { exchange(p, f) })
+    }
+
+    /// [`Cpu::load_wide`].
+    #[inline(always)]
+    pub(crate) fn load_wide(&mut self, address: u64) -> Result<u128, Trap> {
+        let p = self.readable(address, 16)?;
+        // SAFETY: as in `load`.
+        Ok(unsafe { u128::from(u64::load(p)) | u128::from(u64::load(p.add(8))) << 64 })
+    }
+
+    /// [`Cpu::store_wide`].
+    #[inline(always)]
+    pub(crate) fn store_wide(&mut self, address: u64, value: u128) -> Result<(), Trap> {
+        let p = self.writable(address, 16)?;
+        // SAFETY: as in `load`.
+        unsafe {
+            u64::store(p, value as u64);
+            u64::store(p.add(8), (value >> 64) as u64);
+        }
+        Ok(())
+    }
+}
+
+/// Replaces a word atomically by what `f` makes of it, and gives what else `f` gives.
+///
+/// # Safety
+/// `p` is valid for the access and aligned.
+#[inline(always)]
+unsafe fn exchange<T: Word, R>(p: *mut u8, f: impl Fn(T) -> (T, R)) -> R {
+    // SAFETY: the caller's.
+    unsafe {
+        let mut old = T::load(p);
+        loop {
+            let (new, keep) = f(old);
+            match T::cas(p, old, new) {
+                Ok(_) => return keep,
+                Err(now) => old = now,
+            }
+        }
+    }
+}
+
 impl Cpu {
     #[inline(always)]
     fn entry(tlb: *mut Tlb, address: u64) -> *mut Entry {
@@ -200,49 +374,29 @@ impl Cpu {
     /// Reads at the current privilege. The handlers' way: on a fault [`Cpu::fault`] is set.
     #[inline(always)]
     pub(crate) fn load<T: Word>(&mut self, address: u64) -> Result<T, Trap> {
-        // SAFETY: the entry is inside the TLB, and a matching tag vouches for the page's host memory.
-        unsafe {
-            let entry = Self::entry(self.tlb, address);
-            if (*entry).read == address.wrapping_add(T::SIZE - 1) & PAGE {
-                return Ok(T::load(std::ptr::with_exposed_provenance(
-                    address.wrapping_add((*entry).addend) as usize
-                )));
-            }
+        match Fast(self).load(address) {
+            Ok(value) => Ok(value),
+            Err(Trap) => self.load_slow(address, T::SIZE).map(T::from_u64),
         }
-        self.load_slow(address, T::SIZE).map(T::from_u64)
     }
 
     /// Writes at the current privilege, like [`Cpu::load`].
     #[inline(always)]
     pub(crate) fn store<T: Word>(&mut self, address: u64, value: T) -> Result<(), Trap> {
-        // SAFETY: as in `load`.
-        unsafe {
-            let entry = Self::entry(self.tlb, address);
-            if (*entry).write == address.wrapping_add(T::SIZE - 1) & PAGE {
-                T::store(
-                    std::ptr::with_exposed_provenance_mut(address.wrapping_add((*entry).addend) as usize),
-                    value,
-                );
-                return Ok(());
-            }
+        match Fast(self).store(address, value) {
+            Ok(()) => Ok(()),
+            Err(Trap) => self.store_slow(address, T::SIZE, value.to_u64()),
         }
-        self.store_slow(address, T::SIZE, value.to_u64())
     }
 
     /// Begins a read-modify-write: the host address if the whole operand is in RAM and writable (null otherwise, and then
     /// [`Cpu::load`] and [`Cpu::store`] will not fault).
     #[inline(always)]
     pub(crate) fn for_update<T: Word>(&mut self, address: u64) -> Result<*mut u8, Trap> {
-        // SAFETY: as in `load`.
-        unsafe {
-            let entry = Self::entry(self.tlb, address);
-            if (*entry).write == address.wrapping_add(T::SIZE - 1) & PAGE {
-                return Ok(std::ptr::with_exposed_provenance_mut(
-                    address.wrapping_add((*entry).addend) as usize
-                ));
-            }
+        match Fast(self).writable(address, T::SIZE) {
+            Ok(p) => Ok(p),
+            Err(Trap) => self.for_update_slow(address, T::SIZE),
         }
-        self.for_update_slow(address, T::SIZE)
     }
 
     /// Replaces a word by what `f` makes of it: not atomic, but no fault comes after `f`.
@@ -277,16 +431,7 @@ impl Cpu {
         let p = self.for_update::<T>(address)?;
         if !p.is_null() && address & (T::SIZE - 1) == 0 {
             // SAFETY: `for_update` vouches for `p`; pages are aligned in host memory as in the guest's.
-            unsafe {
-                let mut old = T::load(p);
-                loop {
-                    let (new, keep) = f(old);
-                    match T::cas(p, old, new) {
-                        Ok(_) => return Ok(keep),
-                        Err(now) => old = now,
-                    }
-                }
-            }
+            return Ok(unsafe { exchange(p, f) });
         }
         let vm = self.vm.clone();
         let _only = vm.split_lock.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -297,36 +442,14 @@ impl Cpu {
     }
 
     /// Reads 16 bytes at the current privilege, like [`Cpu::load`]. Not atomic.
-    #[inline(always)]
     pub(crate) fn load_wide(&mut self, address: u64) -> Result<u128, Trap> {
-        // SAFETY: as in `load`.
-        unsafe {
-            let entry = Self::entry(self.tlb, address);
-            if (*entry).read == address.wrapping_add(15) & PAGE {
-                let p: *const u8 =
-                    std::ptr::with_exposed_provenance(address.wrapping_add((*entry).addend) as usize);
-                return Ok(u128::from(u64::load(p)) | u128::from(u64::load(p.add(8))) << 64);
-            }
-        }
         let mut bytes = [0; 16];
         self.read_bytes(address, &mut bytes).map_err(|fault| self.trap(fault))?;
         Ok(u128::from_le_bytes(bytes))
     }
 
     /// Writes 16 bytes at the current privilege, like [`Cpu::store`]. Not atomic.
-    #[inline(always)]
     pub(crate) fn store_wide(&mut self, address: u64, value: u128) -> Result<(), Trap> {
-        // SAFETY: as in `load`.
-        unsafe {
-            let entry = Self::entry(self.tlb, address);
-            if (*entry).write == address.wrapping_add(15) & PAGE {
-                let p: *mut u8 =
-                    std::ptr::with_exposed_provenance_mut(address.wrapping_add((*entry).addend) as usize);
-                u64::store(p, value as u64);
-                u64::store(p.add(8), (value >> 64) as u64);
-                return Ok(());
-            }
-        }
         self.write_bytes(address, &value.to_le_bytes()).map_err(|fault| self.trap(fault))
     }
 

@@ -7,7 +7,7 @@ pub(crate) const SLICE: u64 = 10_000;
 
 struct State {
     current: usize,
-    /// Which vCPUs are inside `run`.
+    /// Which vCPUs are inside `run`, or have not come there yet.
     inside: u64,
     /// Which of those take part: they are not halted.
     ready: u64,
@@ -27,6 +27,11 @@ impl Turns {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The vCPU exists: interrupts that are sent to it before its thread has come count from when they are sent.
+    pub(crate) fn expect(&self, index: usize) {
+        self.lock().inside |= 1 << index;
     }
 
     /// The vCPU is inside `run` from now on; it waits for its first turn.

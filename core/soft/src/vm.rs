@@ -378,6 +378,9 @@ impl Vm for SoftVm {
         let mut cpu = Cpu::new(self.shared.clone(), index);
         cpu.set_state(&state).map_err(EngineError::Invalid)?;
         self.shared.active.fetch_or(1 << index, Ordering::SeqCst);
+        if let Some(turns) = &self.shared.turns {
+            turns.expect(index as usize);
+        }
         Ok(Box::new(SoftVcpu { cpu }))
     }
 

@@ -16,7 +16,7 @@ use super::{enter, fault, next};
 use crate::block::{Block, Op};
 use crate::cpu::{Cpu, Fault, RIP, RSP};
 use crate::flags::Lazy;
-use crate::mem::{Trap, Word};
+use crate::mem::{Fast, Memory, Trap, Word};
 
 /// Nothing is known.
 pub(crate) const ANY: u8 = 0;
@@ -78,12 +78,24 @@ pub(crate) unsafe fn jmp(cpu: &mut Cpu, op: *const Op) -> *mut Block {
 
 /// CALL of a known target.
 pub(crate) unsafe fn call(cpu: &mut Cpu, op: *const Op) -> *mut Block {
+    #[cold]
+    #[inline(never)]
+    unsafe fn slow(cpu: &mut Cpu, op: *const Op, sp: u64, next: u64) -> *mut Block {
+        // SAFETY: the caller's.
+        unsafe {
+            if cpu.store::<u64>(sp, next).is_err() {
+                return fault_stack(cpu, op);
+            }
+            cpu.gpr[RSP] = sp;
+            go(cpu, op, true)
+        }
+    }
     // SAFETY: the caller's.
     unsafe {
         let sp = cpu.gpr[RSP].wrapping_sub(8);
         let next = cpu.gpr[RIP].wrapping_add((*op).disp as i64 as u64);
-        if cpu.store::<u64>(sp, next).is_err() {
-            return fault_stack(cpu, op);
+        if Fast(cpu).store::<u64>(sp, next).is_err() {
+            return slow(cpu, op, sp, next);
         }
         cpu.gpr[RSP] = sp;
         go(cpu, op, true)
@@ -192,14 +204,35 @@ pub(crate) unsafe fn jmp_m<A: Ea>(cpu: &mut Cpu, op: *const Op) -> *mut Block {
 
 /// RET; `imm` is what it releases in all.
 pub(crate) unsafe fn ret(cpu: &mut Cpu, op: *const Op) -> *mut Block {
+    #[cold]
+    #[inline(never)]
+    unsafe fn slow(cpu: &mut Cpu, op: *const Op) -> *mut Block {
+        // SAFETY: the caller's.
+        unsafe {
+            match cpu.load::<u64>(cpu.gpr[RSP]) {
+                Ok(target) => return_to(cpu, op, target),
+                Err(Trap) => fault(cpu, op),
+            }
+        }
+    }
     // SAFETY: the caller's.
     unsafe {
         let sp = cpu.gpr[RSP];
-        let Ok(target) = cpu.load::<u64>(sp) else { return fault(cpu, op) };
+        match Fast(cpu).load::<u64>(sp) {
+            Ok(target) => return_to(cpu, op, target),
+            Err(Trap) => slow(cpu, op),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn return_to(cpu: &mut Cpu, op: *const Op, target: u64) -> *mut Block {
+    // SAFETY: the caller's.
+    unsafe {
         if !canonical(target) {
             return refuse(cpu, op);
         }
-        cpu.gpr[RSP] = sp.wrapping_add((*op).imm);
+        cpu.gpr[RSP] = cpu.gpr[RSP].wrapping_add((*op).imm);
         cpu.gpr[RIP] = target;
         let block = cpu.blocks.quick(target);
         enter(cpu, block)
@@ -227,7 +260,7 @@ pub(crate) unsafe fn cmov_rr<const K: u8, const CC: u8, T: Word>(cpu: &mut Cpu, 
 
 /// The words that a comparison's flags come from.
 pub(crate) trait Compare {
-    unsafe fn words(cpu: &mut Cpu, op: *const Op) -> Result<(u64, u64), Trap>;
+    unsafe fn words(memory: &mut impl Memory, op: *const Op) -> Result<(u64, u64), Trap>;
     /// log2 of their size.
     const LOG2: u32;
 }
@@ -246,48 +279,54 @@ pub(crate) struct MemImm<T, A>(std::marker::PhantomData<(T, A)>);
 impl<T: Word> Compare for RegReg<T> {
     const LOG2: u32 = T::LOG2;
     #[inline(always)]
-    unsafe fn words(cpu: &mut Cpu, op: *const Op) -> Result<(u64, u64), Trap> {
+    unsafe fn words(memory: &mut impl Memory, op: *const Op) -> Result<(u64, u64), Trap> {
         // SAFETY: the caller's.
-        unsafe { Ok((get::<T>(cpu, (*op).a).sx(), get::<T>(cpu, (*op).b).sx())) }
+        unsafe {
+            let cpu = memory.cpu();
+            Ok((get::<T>(cpu, (*op).a).sx(), get::<T>(cpu, (*op).b).sx()))
+        }
     }
 }
 impl<T: Word> Compare for RegImm<T> {
     const LOG2: u32 = T::LOG2;
     #[inline(always)]
-    unsafe fn words(cpu: &mut Cpu, op: *const Op) -> Result<(u64, u64), Trap> {
+    unsafe fn words(memory: &mut impl Memory, op: *const Op) -> Result<(u64, u64), Trap> {
         // SAFETY: the caller's.
-        unsafe { Ok((get::<T>(cpu, (*op).a).sx(), (*op).imm)) }
+        unsafe { Ok((get::<T>(memory.cpu(), (*op).a).sx(), (*op).imm)) }
     }
 }
 impl<T: Word, A: Ea> Compare for RegMem<T, A> {
     const LOG2: u32 = T::LOG2;
     #[inline(always)]
-    unsafe fn words(cpu: &mut Cpu, op: *const Op) -> Result<(u64, u64), Trap> {
+    unsafe fn words(memory: &mut impl Memory, op: *const Op) -> Result<(u64, u64), Trap> {
         // SAFETY: the caller's.
         unsafe {
-            let b = cpu.load::<T>(A::of(cpu, op))?;
-            Ok((get::<T>(cpu, (*op).a).sx(), b.sx()))
+            let address = A::of(memory.cpu(), op);
+            let b = memory.load::<T>(address)?;
+            Ok((get::<T>(memory.cpu(), (*op).a).sx(), b.sx()))
         }
     }
 }
 impl<T: Word, A: Ea> Compare for MemReg<T, A> {
     const LOG2: u32 = T::LOG2;
     #[inline(always)]
-    unsafe fn words(cpu: &mut Cpu, op: *const Op) -> Result<(u64, u64), Trap> {
+    unsafe fn words(memory: &mut impl Memory, op: *const Op) -> Result<(u64, u64), Trap> {
         // SAFETY: the caller's.
         unsafe {
-            let a = cpu.load::<T>(A::of(cpu, op))?;
-            Ok((a.sx(), get::<T>(cpu, (*op).a).sx()))
+            let address = A::of(memory.cpu(), op);
+            let a = memory.load::<T>(address)?;
+            Ok((a.sx(), get::<T>(memory.cpu(), (*op).a).sx()))
         }
     }
 }
 impl<T: Word, A: Ea> Compare for MemImm<T, A> {
     const LOG2: u32 = T::LOG2;
     #[inline(always)]
-    unsafe fn words(cpu: &mut Cpu, op: *const Op) -> Result<(u64, u64), Trap> {
+    unsafe fn words(memory: &mut impl Memory, op: *const Op) -> Result<(u64, u64), Trap> {
         // SAFETY: the caller's.
         unsafe {
-            let a = cpu.load::<T>(A::of(cpu, op))?;
+            let address = A::of(memory.cpu(), op);
+            let a = memory.load::<T>(address)?;
             Ok((a.sx(), (*op).imm))
         }
     }
@@ -295,24 +334,67 @@ impl<T: Word, A: Ea> Compare for MemImm<T, A> {
 
 /// CMP and the Jcc after it.
 pub(crate) unsafe fn cmp_jcc<C: Compare, const CC: u8>(cpu: &mut Cpu, op: *const Op) -> *mut Block {
-    // SAFETY: the caller's; the branch's op follows.
-    unsafe {
-        let Ok((dst, src)) = C::words(cpu, op) else { return fault(cpu, op) };
-        let lazy = Lazy { dst, src, op: crate::flags::kind::SUB | C::LOG2 << 8 };
-        cpu.lazy = lazy;
-        let taken = holds::<DIFFERENCE, CC>(lazy);
-        go(cpu, op.add(1), taken)
+    #[cold]
+    #[inline(never)]
+    unsafe fn slow<C: Compare, const CC: u8>(cpu: &mut Cpu, op: *const Op) -> *mut Block {
+        // SAFETY: the caller's.
+        unsafe {
+            match C::words(cpu, op) {
+                Ok(words) => compared::<C, CC>(cpu, op, words),
+                Err(Trap) => fault(cpu, op),
+            }
+        }
     }
+    // SAFETY: the caller's.
+    unsafe {
+        match C::words(&mut Fast(cpu), op) {
+            Ok(words) => compared::<C, CC>(cpu, op, words),
+            Err(Trap) => slow::<C, CC>(cpu, op),
+        }
+    }
+}
+
+/// The branch's op follows the comparison's.
+#[inline(always)]
+unsafe fn compared<C: Compare, const CC: u8>(
+    cpu: &mut Cpu,
+    op: *const Op,
+    (dst, src): (u64, u64),
+) -> *mut Block {
+    let lazy = Lazy { dst, src, op: crate::flags::kind::SUB | C::LOG2 << 8 };
+    cpu.lazy = lazy;
+    let taken = holds::<DIFFERENCE, CC>(lazy);
+    // SAFETY: the caller's.
+    unsafe { go(cpu, op.add(1), taken) }
 }
 
 /// TEST and the Jcc after it.
 pub(crate) unsafe fn test_jcc<C: Compare, const CC: u8>(cpu: &mut Cpu, op: *const Op) -> *mut Block {
-    // SAFETY: the caller's; the branch's op follows.
-    unsafe {
-        let Ok((a, b)) = C::words(cpu, op) else { return fault(cpu, op) };
-        cpu.lazy.dst = a & b;
-        cpu.lazy.op = crate::flags::kind::LOGIC | C::LOG2 << 8;
-        let taken = holds::<LOGIC, CC>(cpu.lazy);
-        go(cpu, op.add(1), taken)
+    #[cold]
+    #[inline(never)]
+    unsafe fn slow<C: Compare, const CC: u8>(cpu: &mut Cpu, op: *const Op) -> *mut Block {
+        // SAFETY: the caller's.
+        unsafe {
+            match C::words(cpu, op) {
+                Ok(words) => tested::<C, CC>(cpu, op, words),
+                Err(Trap) => fault(cpu, op),
+            }
+        }
     }
+    // SAFETY: the caller's.
+    unsafe {
+        match C::words(&mut Fast(cpu), op) {
+            Ok(words) => tested::<C, CC>(cpu, op, words),
+            Err(Trap) => slow::<C, CC>(cpu, op),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn tested<C: Compare, const CC: u8>(cpu: &mut Cpu, op: *const Op, (a, b): (u64, u64)) -> *mut Block {
+    cpu.lazy.dst = a & b;
+    cpu.lazy.op = crate::flags::kind::LOGIC | C::LOG2 << 8;
+    let taken = holds::<LOGIC, CC>(cpu.lazy);
+    // SAFETY: the caller's.
+    unsafe { go(cpu, op.add(1), taken) }
 }

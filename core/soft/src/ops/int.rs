@@ -14,7 +14,7 @@ use super::{fault, next};
 use crate::block::{Block, Op};
 use crate::cpu::{Cpu, RAX, RBP, RCX, RDX, RSP};
 use crate::flags::{Lazy, kind};
-use crate::mem::{Trap, Word};
+use crate::mem::{Fast, Memory, Trap, Word};
 use crate::slow::alu;
 
 /// Reads a register; 8-bit ones are known by their byte's offset.
@@ -156,16 +156,32 @@ binary!(Sbb, true, u64::wrapping_sub, |cpu, a, b, T| {
     a.wrapping_sub(b).wrapping_sub(carry.into())
 });
 
-/// A handler's body: `$body` may use `?` on memory accesses; then the next op.
+/// A handler's body: `$body` may use `?` on memory accesses, all of which come before anything is changed; then the next op.
 macro_rules! handler {
     ($(#[$doc:meta])* $name:ident<$($g:ident $(: $bound:ident)?),*>($cpu:ident, $op:ident) $body:block) => {
         $(#[$doc])*
         pub(crate) unsafe fn $name<$($g $(: $bound)?),*>($cpu: &mut Cpu, $op: *const Op) -> *mut Block {
+            /// The same with all that a TLB miss may lead to.
+            #[cold]
+            #[inline(never)]
+            unsafe fn slow<$($g $(: $bound)?),*>($cpu: &mut Cpu, $op: *const Op) -> *mut Block {
+                // SAFETY: as below.
+                unsafe {
+                    let done: Result<(), Trap> = (|| { $body; #[allow(unreachable_code)] Ok(()) })();
+                    if done.is_err() {
+                        return fault($cpu, $op);
+                    }
+                }
+                next!($cpu, $op)
+            }
             // SAFETY: `op` is a live op that the lowering made for this handler.
             unsafe {
-                let done: Result<(), Trap> = (|| { $body; #[allow(unreachable_code)] Ok(()) })();
+                let done: Result<(), Trap> = {
+                    let $cpu = &mut Fast($cpu);
+                    (|| { $body; #[allow(unreachable_code)] Ok(()) })()
+                };
                 if done.is_err() {
-                    return fault($cpu, $op);
+                    return slow::<$($g),*>($cpu, $op);
                 }
             }
             next!($cpu, $op)
@@ -176,14 +192,16 @@ macro_rules! handler {
 handler! {
     /// Register, register.
     rr<O: Binary, T: Word>(cpu, op) {
-        let r = O::run::<T>(cpu, get::<T>(cpu, (*op).a).sx(), get::<T>(cpu, (*op).b).sx());
+        let (a, b) = (get::<T>(cpu, (*op).a).sx(), get::<T>(cpu, (*op).b).sx());
+        let r = O::run::<T>(cpu, a, b);
         if O::WRITES { set(cpu, (*op).a, T::from_u64(r)); }
     }
 }
 handler! {
     /// Register, immediate.
     ri<O: Binary, T: Word>(cpu, op) {
-        let r = O::run::<T>(cpu, get::<T>(cpu, (*op).a).sx(), (*op).imm);
+        let a = get::<T>(cpu, (*op).a).sx();
+        let r = O::run::<T>(cpu, a, (*op).imm);
         if O::WRITES { set(cpu, (*op).a, T::from_u64(r)); }
     }
 }
@@ -191,7 +209,8 @@ handler! {
     /// Register, memory.
     rm<O: Binary, T: Word, A: Ea>(cpu, op) {
         let b = cpu.load::<T>(A::of(cpu, op))?;
-        let r = O::run::<T>(cpu, get::<T>(cpu, (*op).a).sx(), b.sx());
+        let a = get::<T>(cpu, (*op).a).sx();
+        let r = O::run::<T>(cpu, a, b.sx());
         if O::WRITES { set(cpu, (*op).a, T::from_u64(r)); }
     }
 }
@@ -210,14 +229,14 @@ handler! {
 }
 
 #[inline(always)]
-unsafe fn modify<O: Binary, T: Word>(cpu: &mut Cpu, address: u64, b: u64) -> Result<(), Trap> {
+unsafe fn modify<O: Binary, T: Word>(memory: &mut impl Memory, address: u64, b: u64) -> Result<(), Trap> {
     // SAFETY: the caller's.
     unsafe {
         if O::WRITES {
-            cpu.update::<T>(address, |cpu, a| T::from_u64(O::run::<T>(cpu, a.sx(), b)))
+            memory.update::<T>(address, |cpu, a| T::from_u64(O::run::<T>(cpu, a.sx(), b)))
         } else {
-            let a = cpu.load::<T>(address)?;
-            O::run::<T>(cpu, a.sx(), b);
+            let a = memory.load::<T>(address)?;
+            O::run::<T>(memory.cpu(), a.sx(), b);
             Ok(())
         }
     }
@@ -226,7 +245,8 @@ unsafe fn modify<O: Binary, T: Word>(cpu: &mut Cpu, address: u64, b: u64) -> Res
 handler! {
     /// MOV register, register.
     mov_rr<T: Word>(cpu, op) {
-        set(cpu, (*op).a, get::<T>(cpu, (*op).b));
+        let value = get::<T>(cpu, (*op).b);
+        set(cpu, (*op).a, value);
     }
 }
 handler! {
@@ -258,7 +278,8 @@ handler! {
 handler! {
     /// MOVZX register, register: D from S.
     movzx_rr<D: Word, S: Word>(cpu, op) {
-        set(cpu, (*op).a, D::from_u64(get::<S>(cpu, (*op).b).to_u64()));
+        let value = get::<S>(cpu, (*op).b).to_u64();
+        set(cpu, (*op).a, D::from_u64(value));
     }
 }
 handler! {
@@ -271,7 +292,8 @@ handler! {
 handler! {
     /// MOVSX register, register.
     movsx_rr<D: Word, S: Word>(cpu, op) {
-        set(cpu, (*op).a, D::from_u64(get::<S>(cpu, (*op).b).sx()));
+        let value = get::<S>(cpu, (*op).b).sx();
+        set(cpu, (*op).a, D::from_u64(value));
     }
 }
 handler! {
@@ -284,7 +306,8 @@ handler! {
 handler! {
     /// LEA.
     lea<T: Word, A: Ea>(cpu, op) {
-        set(cpu, (*op).a, T::from_u64(A::of(cpu, op)));
+        let address = A::of(cpu, op);
+        set(cpu, (*op).a, T::from_u64(address));
     }
 }
 handler! {
@@ -522,14 +545,16 @@ fn product<T: Word>(cpu: &mut Cpu, a: u64, b: u64) -> T {
 handler! {
     /// IMUL register, register.
     imul_rr<T: Word>(cpu, op) {
-        let r = product::<T>(cpu, get::<T>(cpu, (*op).a).sx(), get::<T>(cpu, (*op).b).sx());
+        let (a, b) = (get::<T>(cpu, (*op).a).sx(), get::<T>(cpu, (*op).b).sx());
+        let r = product::<T>(cpu, a, b);
         set(cpu, (*op).a, r);
     }
 }
 handler! {
     /// IMUL register, register, immediate.
     imul_rri<T: Word>(cpu, op) {
-        let r = product::<T>(cpu, get::<T>(cpu, (*op).b).sx(), (*op).imm);
+        let b = get::<T>(cpu, (*op).b).sx();
+        let r = product::<T>(cpu, b, (*op).imm);
         set(cpu, (*op).a, r);
     }
 }
@@ -537,7 +562,8 @@ handler! {
     /// IMUL register, memory.
     imul_rm<T: Word, A: Ea>(cpu, op) {
         let b = cpu.load::<T>(A::of(cpu, op))?;
-        let r = product::<T>(cpu, get::<T>(cpu, (*op).a).sx(), b.sx());
+        let a = get::<T>(cpu, (*op).a).sx();
+        let r = product::<T>(cpu, a, b.sx());
         set(cpu, (*op).a, r);
     }
 }
@@ -624,10 +650,10 @@ handler! {
 
 /// The operation is done twice: on memory without flags, and once more on what was there, for the flags.
 #[inline(always)]
-unsafe fn locked<O: Binary, T: Word>(cpu: &mut Cpu, address: u64, b: u64) -> Result<(), Trap> {
-    let old = cpu.update_locked::<T, T>(address, |old| (T::from_u64(O::pure(old.sx(), b)), old))?;
+unsafe fn locked<O: Binary, T: Word>(memory: &mut impl Memory, address: u64, b: u64) -> Result<(), Trap> {
+    let old = memory.update_locked::<T, T>(address, |old| (T::from_u64(O::pure(old.sx(), b)), old))?;
     // SAFETY: the caller's.
-    unsafe { O::run::<T>(cpu, old.sx(), b) };
+    unsafe { O::run::<T>(memory.cpu(), old.sx(), b) };
     Ok(())
 }
 

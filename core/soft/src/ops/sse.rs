@@ -8,25 +8,44 @@ use super::int::{Ea, get, set};
 use super::{fault, next};
 use crate::block::{Block, Op};
 use crate::cpu::{Cpu, Fault, vec};
-use crate::mem::{Trap, Word};
+use crate::mem::{Fast, Trap, Word};
 
-/// A handler's body: `$body` may use `?`; then the next op.
+/// A handler's body, as in [`super::int`], after the checks of the control registers.
 macro_rules! handler {
-    ($(#[$doc:meta])* $name:ident[$($bound:tt)*]($cpu:ident, $op:ident) $body:block) => {
+    ($(#[$doc:meta])* $name:ident[$($bound:tt)*]<$($g:ident),*>($cpu:ident, $op:ident) $body:block) => {
         $(#[$doc])*
         pub(crate) unsafe fn $name<$($bound)*>($cpu: &mut Cpu, $op: *const Op) -> *mut Block {
-            // SAFETY: `op` is a live op that the lowering made for this handler.
-            unsafe {
-                let done: Result<(), Trap> = (|| {
+            /// The same with all that a TLB miss may lead to.
+            #[cold]
+            #[inline(never)]
+            unsafe fn slow<$($bound)*>($cpu: &mut Cpu, $op: *const Op) -> *mut Block {
+                // SAFETY: as below.
+                unsafe {
                     if let Err(refused) = allowed($cpu, Kind::Sse) {
                         $cpu.fault = refused;
-                        return Err(Trap);
+                        return fault($cpu, $op);
                     }
-                    $body
-                    Ok(())
-                })();
+                    let done: Result<(), Trap> = (|| { $body; Ok(()) })();
+                    if done.is_err() {
+                        return fault($cpu, $op);
+                    }
+                }
+                next!($cpu, $op)
+            }
+            // SAFETY: `op` is a live op that the lowering made for this handler.
+            unsafe {
+                let done: Result<(), Trap> = {
+                    let $cpu = &mut Fast($cpu);
+                    (|| {
+                        if allowed($cpu, Kind::Sse).is_err() {
+                            return Err(Trap);
+                        }
+                        $body;
+                        Ok(())
+                    })()
+                };
                 if done.is_err() {
-                    return fault($cpu, $op);
+                    return slow::<$($g),*>($cpu, $op);
                 }
             }
             next!($cpu, $op)
@@ -35,13 +54,13 @@ macro_rules! handler {
 }
 
 #[inline(always)]
-fn aligned<const ALIGNED: bool>(cpu: &mut Cpu, address: u64) -> Result<u64, Trap> {
+fn aligned<const ALIGNED: bool>(cpu: &mut Cpu, address: u64) -> Result<(), Trap> {
     if ALIGNED && address & 15 != 0 {
         // Not like an address that is not canonical, which is the stack's fault where the base is RSP.
         cpu.fault = Fault::Exception { vector: vec::GP, error: Some(0), address: 1 };
         return Err(Trap);
     }
-    Ok(address)
+    Ok(())
 }
 
 #[inline(always)]
@@ -52,87 +71,90 @@ unsafe fn xmm(cpu: &mut Cpu, n: u8) -> &mut u128 {
 
 handler! {
     /// MOVAPS and its kin, register to register.
-    mov_rr[](cpu, op) {
+    mov_rr[]<>(cpu, op) {
         let value = *xmm(cpu, (*op).b);
         *xmm(cpu, (*op).a) = value;
     }
 }
 handler! {
     /// MOVUPS, MOVDQU (or the aligned forms), from memory.
-    load[A: Ea, const ALIGNED: bool](cpu, op) {
-        let address = aligned::<ALIGNED>(cpu, A::of(cpu, op))?;
+    load[A: Ea, const ALIGNED: bool]<A, ALIGNED>(cpu, op) {
+        let address = A::of(cpu, op);
+        aligned::<ALIGNED>(cpu, address)?;
         let value = cpu.load_wide(address)?;
         *xmm(cpu, (*op).a) = value;
     }
 }
 handler! {
     /// MOVUPS, MOVDQU (or the aligned forms), to memory.
-    store[A: Ea, const ALIGNED: bool](cpu, op) {
-        let address = aligned::<ALIGNED>(cpu, A::of(cpu, op))?;
+    store[A: Ea, const ALIGNED: bool]<A, ALIGNED>(cpu, op) {
+        let address = A::of(cpu, op);
+        aligned::<ALIGNED>(cpu, address)?;
         let value = *xmm(cpu, (*op).a);
         cpu.store_wide(address, value)?;
     }
 }
 handler! {
     /// MOVQ, MOVD, MOVSD, MOVSS from memory: the rest becomes zero.
-    load_low[T: Word, A: Ea](cpu, op) {
+    load_low[T: Word, A: Ea]<T, A>(cpu, op) {
         let value = cpu.load::<T>(A::of(cpu, op))?;
         *xmm(cpu, (*op).a) = value.to_u64().into();
     }
 }
 handler! {
     /// MOVQ, MOVD, MOVSD, MOVSS, MOVLPS, MOVLPD to memory.
-    store_low[T: Word, A: Ea](cpu, op) {
+    store_low[T: Word, A: Ea]<T, A>(cpu, op) {
         let [low, _] = halves(*xmm(cpu, (*op).a));
         cpu.store::<T>(A::of(cpu, op), T::from_u64(low))?;
     }
 }
 handler! {
     /// MOVHPS, MOVHPD to memory.
-    store_high[A: Ea](cpu, op) {
+    store_high[A: Ea]<A>(cpu, op) {
         let [_, high] = halves(*xmm(cpu, (*op).a));
         cpu.store::<u64>(A::of(cpu, op), high)?;
     }
 }
 handler! {
     /// MOVQ, MOVD from a general-purpose register.
-    from_gpr[T: Word](cpu, op) {
+    from_gpr[T: Word]<T>(cpu, op) {
         let value = get::<T>(cpu, (*op).b).to_u64();
         *xmm(cpu, (*op).a) = value.into();
     }
 }
 handler! {
     /// MOVQ, MOVD to a general-purpose register.
-    to_gpr[T: Word](cpu, op) {
+    to_gpr[T: Word]<T>(cpu, op) {
         let [low, _] = halves(*xmm(cpu, (*op).b));
         set::<T>(cpu, (*op).a, T::from_u64(low));
     }
 }
 handler! {
     /// PXOR, XORPS, XORPD.
-    xor_rr[](cpu, op) {
+    xor_rr[]<>(cpu, op) {
         let value = *xmm(cpu, (*op).b);
         *xmm(cpu, (*op).a) ^= value;
     }
 }
 handler! {
     /// POR, ORPS, ORPD.
-    or_rr[](cpu, op) {
+    or_rr[]<>(cpu, op) {
         let value = *xmm(cpu, (*op).b);
         *xmm(cpu, (*op).a) |= value;
     }
 }
 handler! {
     /// PCMPEQB.
-    equal_bytes_rr[](cpu, op) {
+    equal_bytes_rr[]<>(cpu, op) {
         let (a, b) = (xmm(cpu, (*op).a).to_le_bytes(), xmm(cpu, (*op).b).to_le_bytes());
         *xmm(cpu, (*op).a) = equal_bytes(a, b);
     }
 }
 handler! {
     /// PCMPEQB with memory.
-    equal_bytes_rm[A: Ea](cpu, op) {
-        let address = aligned::<true>(cpu, A::of(cpu, op))?;
+    equal_bytes_rm[A: Ea]<A>(cpu, op) {
+        let address = A::of(cpu, op);
+        aligned::<true>(cpu, address)?;
         let b = cpu.load_wide(address)?.to_le_bytes();
         let a = xmm(cpu, (*op).a).to_le_bytes();
         *xmm(cpu, (*op).a) = equal_bytes(a, b);
@@ -140,7 +162,7 @@ handler! {
 }
 handler! {
     /// PMOVMSKB.
-    byte_mask[](cpu, op) {
+    byte_mask[]<>(cpu, op) {
         let bytes = xmm(cpu, (*op).b).to_le_bytes();
         let mask = bytes.iter().rev().fold(0u32, |mask, byte| mask << 1 | u32::from(byte >> 7));
         set::<u32>(cpu, (*op).a, mask);

@@ -228,15 +228,11 @@ pub(crate) fn execute(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Fault> {
         M::Pusha | M::Pushad => {
             let size = if mnemonic == M::Pusha { 2 } else { 4 };
             let sp = cpu.gpr[RSP];
-            let frame = cpu.segment_linear(
-                crate::cpu::SS,
-                sp.wrapping_sub(8 * size) & cpu.stack_mask(),
-                8 * size,
-                true,
-            )?;
-            cpu.probe_write_as(frame, 8 * size, cpu.cpl == 3)?;
             for n in 0..8 {
-                cpu.push(size, if n == RSP { sp } else { cpu.gpr[n] })?;
+                if let Err(fault) = cpu.push(size, if n == RSP { sp } else { cpu.gpr[n] }) {
+                    cpu.gpr[RSP] = sp;
+                    return Err(fault);
+                }
             }
             Ok(())
         }
