@@ -204,10 +204,11 @@ impl Case {
     /// At `rip` is an instruction that the host carries out piece by piece, so that it may report any byte of its area, or what
     /// is wrong with it: AMD's FXSAVE and FXRSTOR touch the last byte first.
     pub fn is_large(&self, rip: u64) -> bool {
+        use Mnemonic as M;
         let at = self.instructions.iter().find(|instruction| instruction.ip() == rip);
         at.is_some_and(|at| {
             matches!(at.memory_size().size(), 10 | 14 | 28 | 94 | 108 | 512)
-                || at.mnemonic() == Mnemonic::Maskmovdqu
+                || matches!(at.mnemonic(), M::Maskmovdqu | M::Pusha | M::Pushad | M::Popa | M::Popad)
         })
     }
 

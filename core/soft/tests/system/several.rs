@@ -115,7 +115,7 @@ fn init_and_sipi_start_every_other_vcpu() {
 }
 
 /// Every vCPU counts up one number by locked additions, another by compare and exchange and a third under a lock by exchange.
-fn counting(vcpus: u32, rounds: i32, a: &mut CodeAssembler) -> Result<(), IcedError> {
+fn counting(rounds: i32, a: &mut CodeAssembler) -> Result<(), IcedError> {
     let (mut again, mut retry, mut spin) = (a.create_label(), a.create_label(), a.create_label());
     a.mov(ebx, rounds)?;
     a.set_label(&mut again)?;
@@ -126,6 +126,7 @@ fn counting(vcpus: u32, rounds: i32, a: &mut CodeAssembler) -> Result<(), IcedEr
     a.lock().cmpxchg(qword_ptr(SHARED + 0x18), rcx)?;
     a.jne(retry)?;
     a.set_label(&mut spin)?;
+    a.pause()?;
     a.mov(eax, 1)?;
     a.xchg(dword_ptr(SHARED + 0x20), eax)?;
     a.test(eax, eax)?;
@@ -137,23 +138,22 @@ fn counting(vcpus: u32, rounds: i32, a: &mut CodeAssembler) -> Result<(), IcedEr
     a.dec(ebx)?;
     a.jne(again)?;
     a.lock().inc(dword_ptr(SHARED))?;
-    let _ = vcpus;
     Ok(())
 }
 
 #[test]
 fn locked_operations_of_several_vcpus_lose_nothing() {
-    const ROUNDS: i32 = 20_000;
+    const ROUNDS: i32 = 5_000;
     for vcpus in [2, 4] {
         let mut guest = guest(Clock::real().unwrap(), vcpus);
         guest.program(64, OTHERS, |a| {
-            counting(vcpus, ROUNDS, a)?;
+            counting(ROUNDS, a)?;
             a.cli()?;
             a.hlt()
         });
         guest.program(64, CODE, |a| {
             start_others(a)?;
-            counting(vcpus, ROUNDS, a)?;
+            counting(ROUNDS, a)?;
             wait_for(a, vcpus as i32)?;
             a.out(STOP, al)
         });
@@ -232,7 +232,7 @@ fn code_that_changes_itself_runs_as_changed() {
 
 #[test]
 fn code_that_another_vcpu_changes_runs_as_changed() {
-    const ROUNDS: i32 = 2_000;
+    const ROUNDS: i32 = 500;
     let mut guest = guest(Clock::real().unwrap(), 2);
     const FUNCTION: u64 = OTHERS + 0x800;
     // MOV EAX, imm32; RET.
@@ -282,7 +282,7 @@ fn counted(vcpus: u32) -> (Vec<u64>, u64, Vec<u64>) {
         a.iretq()
     });
     guest.program(64, OTHERS, |a| {
-        counting(vcpus, 3_000, a)?;
+        counting(3_000, a)?;
         a.cli()?;
         a.hlt()
     });
@@ -292,7 +292,7 @@ fn counted(vcpus: u32) -> (Vec<u64>, u64, Vec<u64>) {
         a.mov(dword_ptr(APIC + 0x320), 0x2_0040)?;
         a.mov(dword_ptr(APIC + 0x380), 23_456)?;
         a.sti()?;
-        counting(vcpus, 3_000, a)?;
+        counting(3_000, a)?;
         wait_for(a, vcpus as i32)?;
         // Idle time is skipped, and counted.
         a.hlt()?;
