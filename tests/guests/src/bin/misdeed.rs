@@ -10,10 +10,12 @@ use core::fmt::Write;
 bare_guests::guest!(main);
 
 const DEVICE: u16 = 0x500;
+/// Enough that the host takes a checkpoint of the device on the way.
+const ROUNDS: u32 = 1000;
 
 fn main(_: &Machine) {
     out8(DEVICE + 1, 1);
-    for _ in 0..20 {
+    for _ in 0..ROUNDS {
         in8(DEVICE + 2);
         out8(DEVICE, 0x42);
         in8(DEVICE);
