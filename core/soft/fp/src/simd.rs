@@ -1,8 +1,8 @@
 //! SSE arithmetic on the host's own unit: one inline-assembly instruction each, under the guest's MXCSR.
 
 use std::arch::asm;
-use std::arch::x86_64::__m128i;
 
+use crate::int::{integer, vector};
 use crate::{FpFault, FpState};
 
 /// An operation that looks at MXCSR: `a` becomes the result, the answer is MXCSR afterwards.
@@ -58,18 +58,6 @@ fn unmasked(
     }
     *a = result;
     Ok(())
-}
-
-#[inline(always)]
-const fn vector(value: u128) -> __m128i {
-    // SAFETY: 16 plain bytes both.
-    unsafe { std::mem::transmute(value) }
-}
-
-#[inline(always)]
-const fn integer(value: __m128i) -> u128 {
-    // SAFETY: 16 plain bytes both.
-    unsafe { std::mem::transmute(value) }
 }
 
 /// `Name = "instruction"` with operands `xmm, xmm`, and optionally `, immediate`.
