@@ -38,7 +38,9 @@ pub(crate) enum Command {
     #[command(subcommand)]
     Plugin(PluginCommand),
     /// Print the completions of a shell
-    #[command(after_help = "Example:\n  tenon completions bash > ~/.local/share/bash-completion/completions/tenon")]
+    #[command(
+        after_help = "Example:\n  tenon completions bash > ~/.local/share/bash-completion/completions/tenon"
+    )]
     Completions {
         /// The shell
         shell: clap_complete::Shell,
@@ -256,7 +258,8 @@ impl FromStr for Size {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("`{text}` is not a size; write bytes, or a number with K, M or G, such as 512M");
+        let wrong =
+            || format!("`{text}` is not a size; write bytes, or a number with K, M or G, such as 512M");
         let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
         let shift = match text[digits.len()..].to_ascii_lowercase().as_str() {
             "" | "b" => 0,

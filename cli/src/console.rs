@@ -134,7 +134,11 @@ impl Console {
     }
 
     /// Starts a thread that gives what is typed to `guest`, and what is asked by escape to `asks`. It ends with the input.
-    pub(crate) fn serve_input(&mut self, guest: impl Fn(&[u8]) + Send + 'static, asks: Sender<Ask>) -> io::Result<()> {
+    pub(crate) fn serve_input(
+        &mut self,
+        guest: impl Fn(&[u8]) + Send + 'static,
+        asks: Sender<Ask>,
+    ) -> io::Result<()> {
         let Some(mut input) = self.input.take() else { return Ok(()) };
         let has_escape = self.has_escape;
         std::thread::Builder::new().name("console".into()).spawn(move || {

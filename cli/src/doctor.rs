@@ -44,8 +44,16 @@ impl Finding {
 }
 
 pub(crate) fn doctor(args: &DoctorArgs) -> Result<()> {
-    let findings =
-        [kvm(), host(), cgroups(), io_uring(), tun(), cache(), target("wasm32-unknown-unknown"), target("x86_64-unknown-none")];
+    let findings = [
+        kvm(),
+        host(),
+        cgroups(),
+        io_uring(),
+        tun(),
+        cache(),
+        target("wasm32-unknown-unknown"),
+        target("x86_64-unknown-none"),
+    ];
     if args.json {
         println!("{}", serde_json::to_string_pretty(&findings)?);
         return Ok(());
@@ -94,7 +102,11 @@ fn cgroups() -> Finding {
     }
     for path in ["/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct"] {
         if Path::new(path).join("cpu.shares").exists() {
-            return Finding::new("cgroups", Grade::Good, format!("version 1 with the cpu controller at {path}"));
+            return Finding::new(
+                "cgroups",
+                Grade::Good,
+                format!("version 1 with the cpu controller at {path}"),
+            );
         }
     }
     Finding::new("cgroups", Grade::Missing, "no cpu controller").or(remedy)
@@ -105,9 +117,11 @@ fn io_uring() -> Finding {
         Ok("0") => Finding::new("io_uring", Grade::Good, "enabled"),
         Ok(value) => Finding::new("io_uring", Grade::Limited, format!("kernel.io_uring_disabled is {value}"))
             .or("sysctl kernel.io_uring_disabled=0"),
-        Err(_) if Path::new("/proc/sys/kernel").exists() => {
-            Finding::new("io_uring", Grade::Good, "the kernel has no switch for it, so it follows the kernel's build")
-        }
+        Err(_) if Path::new("/proc/sys/kernel").exists() => Finding::new(
+            "io_uring",
+            Grade::Good,
+            "the kernel has no switch for it, so it follows the kernel's build",
+        ),
         Err(_) => Finding::new("io_uring", Grade::Missing, "/proc is not mounted"),
     }
 }
@@ -136,6 +150,8 @@ fn target(name: &'static str) -> Finding {
         }
         Ok(_) => Finding::new("Rust target", Grade::Missing, format!("{name} is not installed"))
             .or(&format!("rustup target add {name}")),
-        Err(_) => Finding::new("Rust target", Grade::Missing, "no rustup; it is only needed to build plugins"),
+        Err(_) => {
+            Finding::new("Rust target", Grade::Missing, "no rustup; it is only needed to build plugins")
+        }
     }
 }

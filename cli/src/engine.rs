@@ -26,7 +26,11 @@ pub(crate) struct Judgement {
 /// Measures this host's KVM.
 pub(crate) fn judge_kvm() -> Result<Judgement> {
     let quality = Kvm::new()?.measure()?;
-    Ok(Judgement { is_fast: quality.verdict() == Verdict::Hardware, why: quality.why(), details: quality.to_string() })
+    Ok(Judgement {
+        is_fast: quality.verdict() == Verdict::Hardware,
+        why: quality.why(),
+        details: quality.to_string(),
+    })
 }
 
 /// Takes the engine that was asked for, or with `auto` the one that fits this host.

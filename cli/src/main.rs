@@ -39,7 +39,11 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     match EnvFilter::builder().parse(&cli.log) {
         Ok(filter) => {
-            tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+            tracing_subscriber::fmt()
+                .with_env_filter(filter)
+                .with_writer(std::io::stderr)
+                .without_time()
+                .init();
         }
         Err(error) => {
             eprintln!("tenon: --log `{}`: {error}", cli.log);

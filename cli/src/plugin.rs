@@ -36,7 +36,9 @@ fn new(name: &str, kind: KindChoice, dir: Option<&Path>, sdk: Option<&Path>) -> 
     let dir = dir.map_or_else(|| PathBuf::from(name), Path::to_owned);
     tenon_plugin_tool::new(name, kind, &dir, sdk)?;
     let place = dir.display();
-    println!("Made {place}. Next:\n  cd {place}\n  tenon plugin test     # its tests, then the component as a machine would use it\n  tenon plugin build    # the folder and archive that a machine takes");
+    println!(
+        "Made {place}. Next:\n  cd {place}\n  tenon plugin test     # its tests, then the component as a machine would use it\n  tenon plugin build    # the folder and archive that a machine takes"
+    );
     Ok(())
 }
 
@@ -46,7 +48,8 @@ fn build(dir: &Path, native: bool, output: Option<PathBuf>) -> Result<Built> {
 }
 
 fn tell_built(built: &Built) -> Result<()> {
-    let size = |path: &Path| fs::metadata(path).map(|about| about.len()).with_context(|| path.display().to_string());
+    let size =
+        |path: &Path| fs::metadata(path).map(|about| about.len()).with_context(|| path.display().to_string());
     println!("{} {}", built.id, built.version);
     println!("  may use    {}", words(&built.permissions));
     if !built.unused.is_empty() {
@@ -113,9 +116,13 @@ impl Inspection {
         let shelf = Shelf::open(&crate::args::PluginPlaces::default(), &[])?;
         let (digest, imports, problem) = match shelf.load_bundle(bundle) {
             Ok(plugin) => {
-                let imports = plugin.imports().iter();
+                // Interfaces of which only types are used let a plugin do nothing.
+                let imports = plugin.imports().iter().filter(|import| !import.functions.is_empty());
                 let imports = imports
-                    .map(|import| ImportLine { interface: import.interface.clone(), functions: import.functions.clone() })
+                    .map(|import| ImportLine {
+                        interface: import.interface.clone(),
+                        functions: import.functions.clone(),
+                    })
                     .collect();
                 (Some(plugin.digest()), imports, None)
             }
@@ -176,7 +183,7 @@ fn inspect(bundle: Bundle, json: bool) -> Result<()> {
         .add_row(["contract", &about.api])
         .add_row(["digest", about.digest.as_deref().unwrap_or("–")])
         .add_row(["may use", &words(&about.permissions)])
-        .add_row(["imports", &imports.join("\n")])
+        .add_row(["imports", &if imports.is_empty() { "nothing".into() } else { imports.join("\n") }])
         .add_row(["limits", &format!("{} of memory, {} ms a call", bytes(about.memory), about.deadline_ms)])
         .add_row(["on failure", &about.failure]);
     if about.kind == "device" {
@@ -184,7 +191,10 @@ fn inspect(bundle: Bundle, json: bool) -> Result<()> {
     }
     for setting in &about.settings {
         let default = setting.default.as_ref().map(|value| format!(" [{value}]")).unwrap_or_default();
-        table.add_row([&format!("setting {}", setting.key), &format!("{}{default}: {}", setting.kind, setting.help)]);
+        table.add_row([
+            &format!("setting {}", setting.key),
+            &format!("{}{default}: {}", setting.kind, setting.help),
+        ]);
     }
     if let Some(problem) = &about.problem {
         table.add_row(["does not load", problem]);
@@ -230,7 +240,9 @@ fn list(found: &[(String, Result<Bundle, tenon_plugins::BundleError>)], json: bo
         return Ok(());
     }
     if lines.is_empty() {
-        println!("No plugins are found. They are looked for in --plugin-dir, TENON_PLUGIN_PATH, `plugins` beside this program, and ~/.local/share/tenon/plugins.");
+        println!(
+            "No plugins are found. They are looked for in --plugin-dir, TENON_PLUGIN_PATH, `plugins` beside this program, and ~/.local/share/tenon/plugins."
+        );
         return Ok(());
     }
     let mut table = table();

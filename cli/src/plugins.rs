@@ -71,12 +71,20 @@ impl Shelf {
     /// Loads a personality, and checks its settings.
     pub(crate) fn personality(&self, spec: &PluginSpec) -> Result<Personality> {
         let plugin = self.load(&spec.plugin)?;
-        plugin.manifest().settings(&spec.settings).map_err(|error| Usage(anyhow!("--personality: {error}")))?;
+        plugin
+            .manifest()
+            .settings(&spec.settings)
+            .map_err(|error| Usage(anyhow!("--personality: {error}")))?;
         Ok(Personality { plugin, options: spec.settings.clone() })
     }
 
     /// Attaches a device. Devices of the same plugin are numbered from the second on.
-    pub(crate) fn attach(&self, spec: &PluginSpec, others: &[Attached], parts: &MachineParts) -> Result<Attached> {
+    pub(crate) fn attach(
+        &self,
+        spec: &PluginSpec,
+        others: &[Attached],
+        parts: &MachineParts,
+    ) -> Result<Attached> {
         let plugin = self.load(&spec.plugin)?;
         let id = &plugin.manifest().id;
         let same = others.iter().filter(|other| other.plugin.manifest().id == *id).count();
@@ -118,7 +126,10 @@ impl Personality {
     /// Gives the personality its command line.
     pub(crate) fn set_cmdline(&mut self, text: &str) -> Result<()> {
         self.options.push(("cmdline".into(), text.into()));
-        self.plugin.manifest().settings(&self.options).map_err(|error| Usage(anyhow!("--cmdline: {error}")))?;
+        self.plugin
+            .manifest()
+            .settings(&self.options)
+            .map_err(|error| Usage(anyhow!("--cmdline: {error}")))?;
         Ok(())
     }
 

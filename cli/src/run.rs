@@ -80,9 +80,10 @@ pub(crate) fn run(args: &RunArgs, process_start: Instant) -> Result<ExitCode> {
         images.push(open_image("initrd", path)?);
     }
     let summary_file = match &args.summary {
-        Some(path) => {
-            Some(File::create(path).with_context(|| format!("summary file `{}` cannot be made", path.display()))?)
-        }
+        Some(path) => Some(
+            File::create(path)
+                .with_context(|| format!("summary file `{}` cannot be made", path.display()))?,
+        ),
         None => None,
     };
     let shelf = Shelf::open(&args.plugins, &args.allow_native)?;
@@ -125,7 +126,8 @@ pub(crate) fn run(args: &RunArgs, process_start: Instant) -> Result<ExitCode> {
     for spec in plugins::devices(args) {
         devices.push(shelf.attach(&spec, &devices, &parts)?);
     }
-    let platform = Platform { vcpus: args.cpus, devices: devices.iter().filter_map(Attached::acpi_node).collect() };
+    let platform =
+        Platform { vcpus: args.cpus, devices: devices.iter().filter_map(Attached::acpi_node).collect() };
     let guest = Guest { ram: ram.clone(), platform, personality, images };
     let boot = guest.load()?;
     tracing::info!(guest = boot.summary, engine = choice.engine.name(), why = choice.why, "loaded");
@@ -155,7 +157,12 @@ pub(crate) fn run(args: &RunArgs, process_start: Instant) -> Result<ExitCode> {
         .context("starting the console's thread")?;
     let signals = watch_signals()?;
     if console.is_interactive() {
-        eprintln!("tenon: {} on {} ({}); Ctrl-B ? lists what the console can do", boot.summary, choice.engine.name(), choice.why);
+        eprintln!(
+            "tenon: {} on {} ({}); Ctrl-B ? lists what the console can do",
+            boot.summary,
+            choice.engine.name(),
+            choice.why
+        );
     }
 
     machine.resume();
@@ -253,8 +260,13 @@ impl Control<'_> {
     /// As [`Control::serve`], once nobody types any more.
     fn serve_without_console(&self, on_reset: OnReset, reload: impl FnMut() -> Result<()>) -> Result<End> {
         let (_open, asked) = unbounded();
-        let control =
-            Control { machine: self.machine, power: self.power, asked, signals: self.signals.clone(), running: self.running };
+        let control = Control {
+            machine: self.machine,
+            power: self.power,
+            asked,
+            signals: self.signals.clone(),
+            running: self.running,
+        };
         control.serve(on_reset, reload)
     }
 
@@ -267,14 +279,24 @@ impl Control<'_> {
 
     fn tell_status(&self, paused: bool) {
         self.machine.pause();
-        let rip = self.machine.vcpu_state(0).map(|state| format!(", vCPU 0 at {:#x}", state.rip)).unwrap_or_default();
-        let instructions =
-            self.machine.instructions().map(|n| format!(", {:.1} M instructions", n as f64 / 1e6)).unwrap_or_default();
+        let rip = self
+            .machine
+            .vcpu_state(0)
+            .map(|state| format!(", vCPU 0 at {:#x}", state.rip))
+            .unwrap_or_default();
+        let instructions = self
+            .machine
+            .instructions()
+            .map(|n| format!(", {:.1} M instructions", n as f64 / 1e6))
+            .unwrap_or_default();
         if !paused {
             self.machine.resume();
         }
         let time = Duration::from_secs(self.running.elapsed().as_secs());
-        eprintln!("\ntenon: {} for {time:?}{instructions}{rip}", if paused { "halted, started" } else { "running" });
+        eprintln!(
+            "\ntenon: {} for {time:?}{instructions}{rip}",
+            if paused { "halted, started" } else { "running" }
+        );
     }
 }
 
@@ -289,7 +311,8 @@ fn stopped_by(signal: i32) -> End {
 /// Signals that end the machine, as messages.
 fn watch_signals() -> Result<Receiver<i32>> {
     let (sender, receiver): (Sender<i32>, _) = unbounded();
-    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP]).context("watching for signals")?;
+    let mut signals =
+        signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP]).context("watching for signals")?;
     std::thread::Builder::new().name("signals".into()).spawn(move || {
         for signal in signals.forever() {
             if sender.send(signal).is_err() {

@@ -56,7 +56,11 @@ fn device(plugin: &Arc<Plugin>) -> Result<Vec<String>> {
     let device = plugin.attach("trial", &[], &parts)?;
     let life: &dyn Lifecycle = &*device;
     let description = device.description();
-    let mut said = vec![format!("attached with {} register ranges and {} lines", description.regions.len(), description.lines.len())];
+    let mut said = vec![format!(
+        "attached with {} register ranges and {} lines",
+        description.regions.len(),
+        description.lines.len()
+    )];
     let power_on = life.save().map_err(|text| anyhow::anyhow!("save after start: {text}"))?;
     let mut numbers = Numbers(0x7e17);
     for round in 0..3 {
@@ -83,8 +87,17 @@ fn device(plugin: &Arc<Plugin>) -> Result<Vec<String>> {
     for length in 0..state.len() {
         refused += u32::from(life.restore(schema, &state[..length]).is_err());
     }
-    ensure!(usize::try_from(refused)? == state.len(), "{} of {} truncated states were accepted", state.len() - usize::try_from(refused)?, state.len());
-    ensure!(life.restore(schema + 1, &state).is_err(), "a state of schema {} was accepted by schema {schema}", schema + 1);
+    ensure!(
+        usize::try_from(refused)? == state.len(),
+        "{} of {} truncated states were accepted",
+        state.len() - usize::try_from(refused)?,
+        state.len()
+    );
+    ensure!(
+        life.restore(schema + 1, &state).is_err(),
+        "a state of schema {} was accepted by schema {schema}",
+        schema + 1
+    );
     ensure!(device.usage().faults == 0, "a damaged state made the device fault");
     said.push(format!("{refused} truncated states and one of a newer schema refused"));
     Ok(said)
@@ -147,5 +160,7 @@ fn personality(plugin: &Arc<Plugin>) -> Result<Vec<String>> {
         Err(GuestError::Refused { .. }) => {}
         Err(error) => bail!("without images the personality fails instead of refusing: {error}"),
     }
-    Ok(vec![format!("{IMAGES} damaged images: {refused} refused, {taken} loaded, no fault; no image: refused")])
+    Ok(vec![format!(
+        "{IMAGES} damaged images: {refused} refused, {taken} loaded, no fault; no image: refused"
+    )])
 }

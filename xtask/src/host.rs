@@ -25,8 +25,8 @@ const TOOLS: [Tool; 3] = [
 const PEER: Tool = Tool { program: "qemu-system-x86_64", package: "qemu-system-x86" };
 /// A C library's headers and start files have no program by which to find them.
 const LIBC: (&str, &str) = ("/usr/include/stdio.h", "libc6-dev");
-/// What plugins and bare guests are compiled for.
-const TARGETS: [&str; 2] = ["wasm32-unknown-unknown", "x86_64-unknown-none"];
+/// What plugins, bare guests, and programs of the Debian guest are compiled for.
+const TARGETS: [&str; 3] = ["wasm32-unknown-unknown", "x86_64-unknown-none", "x86_64-unknown-linux-musl"];
 const COMPONENTS: [&str; 2] = ["clippy", "rustfmt"];
 
 /// Installs what building and testing lacks.

@@ -26,7 +26,7 @@ pub(crate) struct Debian {
     pub(crate) vmlinuz: PathBuf,
     /// The same, unpacked: an ELF file.
     pub(crate) vmlinux: PathBuf,
-    /// Busybox and the init script.
+    /// Busybox, the init script and the program `port`.
     pub(crate) initramfs: PathBuf,
     /// The kernel's release, such as `6.1.0-56-cloud-amd64`.
     pub(crate) release: String,
@@ -54,15 +54,13 @@ pub(crate) fn make(refresh: bool) -> Result<Debian> {
     // Two chores at once make the guest once.
     let lock = File::create(folder.join(".lock"))?;
     lock.lock().context("cannot lock the guests' cache")?;
-    let init_path = tree::root().join("tests/guests/linux/init");
-    let init = fs::read(&init_path).with_context(|| format!("cannot read {}", init_path.display()))?;
-    let inputs = inputs(&init);
-    let release = match usable(&folder, &inputs) {
+    let sources = Sources::read()?;
+    let release = match usable(&folder, &sources.digest()) {
         Ok(release) if !refresh => release,
-        Ok(_) => fetch(&folder, &init, inputs)?,
+        Ok(_) => fetch(&folder, &sources)?,
         Err(why) => {
             eprintln!("guests: making the Debian guest: {why:#}");
-            fetch(&folder, &init, inputs)?
+            fetch(&folder, &sources)?
         }
     };
     Ok(Debian {
@@ -73,11 +71,42 @@ pub(crate) fn make(refresh: bool) -> Result<Debian> {
     })
 }
 
-fn inputs(init: &[u8]) -> String {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(&RECIPE.to_le_bytes());
-    hasher.update(init);
-    hasher.finalize().to_string()
+/// What this repository adds to the Debian guest.
+struct Sources {
+    /// The init script.
+    init: Vec<u8>,
+    /// The program `port`, in Rust.
+    port: Vec<u8>,
+}
+
+impl Sources {
+    const PORT: &str = "tests/guests/linux/port.rs";
+
+    fn read() -> Result<Self> {
+        let read = |path: &str| {
+            let path = tree::root().join(path);
+            fs::read(&path).with_context(|| format!("cannot read {}", path.display()))
+        };
+        Ok(Self { init: read("tests/guests/linux/init")?, port: read(Self::PORT)? })
+    }
+
+    fn digest(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&RECIPE.to_le_bytes()).update(&self.init).update(&self.port);
+        hasher.finalize().to_string()
+    }
+
+    /// Compiles `port` into a static program.
+    fn compile_port(scratch: &Path) -> Result<Vec<u8>> {
+        let program = scratch.join("port");
+        let options = ["opt-level=s", "panic=abort", "strip=symbols"].map(|option| format!("-C{option}"));
+        run(command("rustc")
+            .args(["--edition", "2024", "--target", "x86_64-unknown-linux-musl", "-o"])
+            .arg(&program)
+            .args(options)
+            .arg(tree::root().join(Self::PORT)))?;
+        Ok(fs::read(&program)?)
+    }
 }
 
 /// The kernel's release, if the cache holds what its manifest says and was made from these inputs.
@@ -103,7 +132,7 @@ fn digest_of(file: &Path) -> Result<String> {
     Ok(blake3::hash(&bytes).to_string())
 }
 
-fn fetch(folder: &Path, init: &[u8], inputs: String) -> Result<String> {
+fn fetch(folder: &Path, sources: &Sources) -> Result<String> {
     host::package_lists()?;
     let depends = capture(command("apt-cache").args(["depends", KERNEL]))?;
     let image = depends
@@ -131,7 +160,8 @@ fn fetch(folder: &Path, init: &[u8], inputs: String) -> Result<String> {
     let vmlinux = kernel::unpack(&vmlinuz).context("cannot unpack Debian's kernel")?;
     let busybox = ["usr/bin/busybox", "bin/busybox"].map(|path| tree.join(path));
     let busybox = busybox.iter().find(|path| path.is_file()).context("the package has no busybox")?;
-    let initramfs = initramfs(init, busybox)?;
+    let port = Sources::compile_port(scratch.path())?;
+    let initramfs = initramfs(&sources.init, &port, busybox)?;
     let mut digests = Vec::new();
     for (file, bytes) in FILES.iter().zip([vmlinuz, vmlinux, initramfs]) {
         // Written beside and renamed, so that no reader sees half a file.
@@ -140,12 +170,12 @@ fn fetch(folder: &Path, init: &[u8], inputs: String) -> Result<String> {
         fs::rename(&part, folder.join(file))?;
         digests.push(blake3::hash(&bytes).to_string());
     }
-    let manifest = Manifest { inputs, release: release.clone(), packages, digests };
+    let manifest = Manifest { inputs: sources.digest(), release: release.clone(), packages, digests };
     fs::write(folder.join(MANIFEST), toml::to_string(&manifest)?)?;
     Ok(release)
 }
 
-fn initramfs(init: &[u8], busybox: &Path) -> Result<Vec<u8>> {
+fn initramfs(init: &[u8], port: &[u8], busybox: &Path) -> Result<Vec<u8>> {
     let applets = capture(command(busybox).arg("--list"))?;
     let mut archive = Archive::default();
     for folder in ["bin", "dev", "proc", "sys", "tmp"] {
@@ -156,6 +186,7 @@ fn initramfs(init: &[u8], busybox: &Path) -> Result<Vec<u8>> {
     for applet in applets.lines().filter(|name| *name != "busybox") {
         archive.link(&format!("bin/{applet}"), "busybox");
     }
+    archive.program("bin/port", port);
     archive.program("init", init);
     let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
     gzip.write_all(&archive.finish())?;
