@@ -38,7 +38,8 @@ macro_rules! by_host {
         #[cfg(target_arch = "x86_64")]
         #[inline(always)]
         fn exec(a: u128, b: u128, _: u8) -> u128 {
-            integer(std::arch::x86_64::$intrinsic(vector(a), vector(b)))
+            // SAFETY: SSE2 is part of x86-64, and the operation has no other condition.
+            integer(unsafe { std::arch::x86_64::$intrinsic(vector(a), vector(b)) })
         }
     };
 }
@@ -223,7 +224,8 @@ fn interleave<T: Copy, const N: usize>(a: [T; N], b: [T; N], from: usize) -> [T;
 #[inline(always)]
 pub(crate) fn byte_signs(value: u128) -> u64 {
     #[cfg(target_arch = "x86_64")]
-    return u64::from(std::arch::x86_64::_mm_movemask_epi8(vector(value)) as u32);
+    // SAFETY: SSE2 is part of x86-64.
+    return u64::from(unsafe { std::arch::x86_64::_mm_movemask_epi8(vector(value)) } as u32);
     #[cfg(not(target_arch = "x86_64"))]
     u8s(value).iter().enumerate().fold(0, |mask, (i, &byte)| mask | u64::from(byte >> 7) << i)
 }
