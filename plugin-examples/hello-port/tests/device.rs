@@ -4,7 +4,10 @@ use hello_port::HelloPort;
 use tenon_testkit::{Bench, conformance};
 
 fn read_text(bench: &mut Bench<HelloPort>) -> String {
-    std::iter::repeat_with(|| bench.read(0, 0, 1)).take_while(|byte| *byte != 0).map(|byte| byte as u8 as char).collect()
+    std::iter::repeat_with(|| bench.read(0, 0, 1))
+        .take_while(|byte| *byte != 0)
+        .map(|byte| byte as u8 as char)
+        .collect()
 }
 
 #[test]
@@ -32,5 +35,8 @@ fn goes_on_in_the_middle_of_its_text_after_a_restart() {
 #[test]
 fn names_the_setting_that_is_wrong() {
     let error = Bench::<HelloPort>::new(&[("base", "70000")]).err().unwrap().to_string();
-    assert_eq!(error, "invalid: `base` is `70000`, but must be a number from 0 to 65535, such as 1016 or 0x3f8");
+    assert_eq!(
+        error,
+        "invalid: `base` is `70000`, but must be a number from 0 to 65535, such as 1016 or 0x3f8"
+    );
 }
