@@ -10,6 +10,8 @@
 #![allow(unsafe_code, missing_docs, unreachable_pub)] // The host CPU is reached through mappings and signal frames.
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_possible_wrap)]
 
+#[path = "support/forms.rs"]
+mod forms;
 #[path = "../fp/tests/support/generate.rs"]
 mod generate;
 #[path = "support/guest.rs"]
@@ -24,11 +26,12 @@ mod sequence;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
+use forms::forms;
 use generate::Random;
 use guest::Guest;
 use iced_x86::Code;
 use native::{CODE_SIZE, DATA_SIZE, End, Native};
-use sequence::{Case, forms};
+use sequence::Case;
 use tenon_soft::Soft;
 
 /// CF, PF, AF, ZF, SF, DF, OF, IOPL, NT, ID. RF differs by convention of the frames.

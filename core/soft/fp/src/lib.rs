@@ -22,7 +22,9 @@
 //! payloads are the host's. The host's MXCSR and x87 control word are restored by each operation. Integer SIMD and data
 //! movement are plain Rust. On other hosts [`lower`] answers `None` for whatever needs floating-point arithmetic; that is open.
 //!
-//! The x87 error pointers (FOP, FIP, FDP) are not tracked: they keep what FXRSTOR, FLDENV or FRSTOR loaded.
+//! Two things are not exact. The x87 error pointers (FOP, FIP, FDP) are not tracked: they keep what FXRSTOR, FLDENV or FRSTOR
+//! loaded, and environments have the protected-mode layout in real mode too. And PE beside an *unmasked* SIMD overflow or
+//! underflow is that of the masked response.
 #![allow(unsafe_code)] // Inline assembly on register images, and operands viewed as the layouts the hardware gives them.
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_possible_wrap)] // Lanes and bit fields.
 
