@@ -4,6 +4,8 @@
 //! and [`Lapic::pending`] is an atomic summary of what the vCPU has to look at, so that running code never takes the lock.
 //! Where a message goes is decided in [`crate::irqchip`]; lock order is I/O APIC, then one local APIC, then the clock.
 //!
+//! It is long because the registers, the priorities and the timer all stand under that one lock.
+//!
 //! Not here: external interrupts through an 8259 (there is none), SMIs, thermal and performance counter sources.
 #![allow(clippy::cast_possible_truncation, reason = "registers are taken apart here")]
 

@@ -15,7 +15,7 @@ use crate::apic::Lapic;
 use crate::block::BlockCache;
 use crate::control::Msrs;
 use crate::flags::Lazy;
-use crate::mem::Tlb;
+use crate::tlb::Tlb;
 use crate::vm::{VcpuShared, VmShared};
 
 /// Index of RAX and so on in [`Cpu::gpr`].
@@ -114,7 +114,6 @@ pub(crate) mod vec {
     pub(crate) const GP: u8 = 13;
     pub(crate) const PF: u8 = 14;
     pub(crate) const MF: u8 = 16;
-    pub(crate) const AC: u8 = 17;
     pub(crate) const XM: u8 = 19;
 }
 

@@ -4,6 +4,8 @@
 //! [`deliver`] follows the double-fault rules (SDM table 6-5) and ends in [`Fault::Shutdown`] on a triple fault; [`what_happened`]
 //! then tells the story. SYSCALL and its kin are in [`crate::syscall`].
 //!
+//! Long for its one story: the frames of three modes, and the way back.
+//!
 //! Not here: task gates (#GP with the gate's number), virtual-8086 mode (IRET to it raises #GP), hardware breakpoints.
 //! RF never stays set, since there are no instruction breakpoints that it could mask.
 #![allow(clippy::cast_possible_truncation, reason = "gates are taken apart here")]
@@ -14,6 +16,7 @@ use tenon_core::{Activity, Segment};
 
 use crate::apic::{PENDING_INIT, PENDING_INTERRUPT, PENDING_NMI, PENDING_SIPI};
 use crate::cpu::{CS, Cpu, Fault, RSP, SS, fl, vec};
+use crate::exec::ENTERED;
 use crate::segment::{
     self, CODE_OR_DATA, LONG, Return, Stack, code_of, code_segment, is_64, is_canonical, is_long,
     is_protected, stack_segment,
@@ -180,7 +183,9 @@ pub(crate) fn single_step(cpu: &mut Cpu) -> Result<(), Fault> {
 /// # Errors
 /// The exception that it raises instead.
 pub(crate) fn software_interrupt(cpu: &mut Cpu, vector: u8) -> Result<(), Fault> {
-    raise(cpu, Event { vector, error: None, address: 0, source: Source::Software })
+    raise(cpu, Event { vector, error: None, address: 0, source: Source::Software })?;
+    cpu.exit = ENTERED;
+    Ok(())
 }
 
 /// INT3. RIP is past the instruction.
@@ -204,7 +209,9 @@ pub(crate) fn overflow(cpu: &mut Cpu) -> Result<(), Fault> {
 /// # Errors
 /// The exception that it raises instead.
 pub(crate) fn icebp(cpu: &mut Cpu) -> Result<(), Fault> {
-    raise(cpu, Event::external(vec::DB))
+    raise(cpu, Event::external(vec::DB))?;
+    cpu.exit = ENTERED;
+    Ok(())
 }
 
 /// Whether a vCPU that is halted or waits for a start-up interrupt has something to do.

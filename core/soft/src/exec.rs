@@ -11,8 +11,8 @@ use crate::control;
 use crate::cpu::{Cpu, Fault, RIP, efer, fl, mode};
 use crate::exception;
 use crate::flags::Lazy;
-use crate::mem::Tlb;
 use crate::ops::BURST;
+use crate::tlb::Tlb;
 use crate::turns::SLICE;
 use crate::vm::{EV_INBOX, EV_KICK, Notice, VmShared};
 
@@ -24,6 +24,8 @@ pub(crate) const FAULT: u8 = 1;
 pub(crate) const ATTEND: u8 = 2;
 /// As [`ATTEND`], and other vCPUs deserve the host's CPU more (PAUSE).
 pub(crate) const YIELD: u8 = 3;
+/// As [`ATTEND`], and the instruction has seen to TF itself: INT, SYSCALL and SYSRET, whose single-step trap depends on the new flags.
+pub(crate) const ENTERED: u8 = 4;
 
 impl Cpu {
     pub(crate) fn new(vm: std::sync::Arc<VmShared>, index: u32) -> Box<Self> {
@@ -228,6 +230,12 @@ impl Cpu {
         self.blocks.clear();
     }
 
+    /// Delivers a fault. That counts as an instruction, so that time passes for a guest that does nothing but fault.
+    fn raise(&mut self, fault: Fault) -> Result<(), Fault> {
+        self.icount += 1;
+        exception::deliver(self, fault)
+    }
+
     /// Runs blocks until something has to be attended to.
     fn run_blocks(&mut self) -> Result<(), Fault> {
         if self.shadow || self.rflags & fl::TF != 0 {
@@ -242,7 +250,7 @@ impl Cpu {
                 if block.is_null() {
                     match self.find_block(false) {
                         Ok(found) => block = found,
-                        Err(fault) => return exception::deliver(self, fault),
+                        Err(fault) => return self.raise(fault),
                     }
                 } else {
                     self.link(block);
@@ -267,7 +275,7 @@ impl Cpu {
                     LOOK_UP => {}
                     FAULT => {
                         self.exit = LOOK_UP;
-                        return exception::deliver(self, self.fault);
+                        return self.raise(self.fault);
                     }
                     exit => {
                         self.exit = LOOK_UP;
@@ -302,7 +310,7 @@ impl Cpu {
             Ok(block) => block,
             Err(fault) => {
                 self.shadow = shadow;
-                return exception::deliver(self, fault);
+                return self.raise(fault);
             }
         };
         self.block = block;
@@ -313,9 +321,10 @@ impl Cpu {
         unsafe { ((*first).run)(self, first) };
         let exit = std::mem::replace(&mut self.exit, LOOK_UP);
         if exit == FAULT {
-            return exception::deliver(self, self.fault);
+            return self.raise(self.fault);
         }
-        if trap && !shadow {
+        // MOV SS holds the trap back until after the next instruction.
+        if trap && exit != ENTERED && !self.shadow {
             return exception::single_step(self);
         }
         Ok(())

@@ -3,6 +3,13 @@
 //! Both words are sign-extended from the operation's size, so that zero, sign and the unsigned order need no size:
 //! `a - b` leaves `a` and `b`, and "below" is `a < b` of the extended words for every size.
 
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::cast_possible_wrap,
+    reason = "words are read as signed and unsigned"
+)]
+
 use crate::cpu::{Cpu, fl};
 
 /// What the last flag-writing operation was, with the log2 of its size in bytes in bits 8 and 9.

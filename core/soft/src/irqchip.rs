@@ -110,7 +110,11 @@ impl IrqChip {
         if matches!(destination, Destination::Physical(_)) {
             return targets.next().is_some_and(|apic| apic.deliver(delivery, vector, level));
         }
-        targets.fold(false, |taken, apic| apic.deliver(delivery, vector, level) || taken)
+        let mut taken = false;
+        for apic in targets {
+            taken |= apic.deliver(delivery, vector, level);
+        }
+        taken
     }
 
     /// Does what a write to a local APIC's register asked for.

@@ -6,7 +6,7 @@
 //! | module | holds |
 //! | --- | --- |
 //! | `cpu`, `flags`, `operand` | the state of a vCPU, lazy flags, registers and operands by name |
-//! | `mem`, `paging` | the software TLB and what is behind it |
+//! | `mem`, `word`, `tlb`, `paging` | guest memory: by the software TLB, and what is behind it |
 //! | `block`, `lower`, `ops` | decoded code: the cache, the lowering, the fast handlers |
 //! | `slow`, `string` | every integer instruction from its decoded form |
 //! | `segment`, `exception`, `syscall`, `control`, `cpuid`, `msr` | the system side |
@@ -33,7 +33,9 @@ mod segment;
 mod slow;
 mod string;
 mod syscall;
+mod tlb;
 mod turns;
 mod vm;
+mod word;
 
 pub use vm::Soft;

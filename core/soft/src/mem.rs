@@ -1,11 +1,7 @@
-//! Guest memory by linear address: the software TLB, its slow path, and what a store to a page with decoded code entails.
+//! Guest memory by linear address: how handlers, the slow instructions and the system side read and write it.
 //!
-//! A TLB entry holds one tag for each kind of access and the distance from linear to host address. A tag is the page's linear
-//! address, or [`NONE`] where this kind of access must come here: because the page is not mapped so, holds decoded code, is not yet
-//! in the dirty log, or is not RAM. The tag is compared with the page of the access's *last* byte at the index of its first one's
-//! page, so that an access that crosses into the next page misses as well.
-//!
-//! Guest loads and stores become host loads and stores of the same width; ordering is the host's on x86-64, acquire and release elsewhere.
+//! [`Fast`] knows the TLB alone; the methods of [`Cpu`] do all that an access may lead to: a page walk ([`crate::tlb`]), device registers,
+//! the local APIC, accesses across pages.
 #![allow(unsafe_code, reason = "guest RAM is reached through host pointers that the TLB vouches for")]
 #![allow(
     clippy::cast_possible_truncation,
@@ -16,49 +12,10 @@
 
 use std::sync::atomic::Ordering;
 
-use crate::cpu::{Cpu, Fault, SS, efer, mode};
-use crate::paging;
-use crate::vm::{EV_CLOCK, Notice};
-
-/// Entries per privilege.
-const ENTRIES: usize = 1024;
-/// A tag that no page has.
-const NONE: u64 = u64::MAX;
-const PAGE: u64 = !0xfff;
-/// Set in a shadow entry whose translation is global.
-const GLOBAL: u64 = 1;
-
-/// One translation.
-#[repr(C, align(32))]
-#[derive(Clone, Copy)]
-struct Entry {
-    read: u64,
-    write: u64,
-    exec: u64,
-    /// Host address minus linear address.
-    addend: u64,
-}
-
-const EMPTY: Entry = Entry { read: NONE, write: NONE, exec: NONE, addend: 0 };
-
-/// The translations of one privilege: user or supervisor.
-#[repr(C)]
-pub(crate) struct Tlb {
-    entries: [Entry; ENTRIES],
-    /// The guest-physical page of each entry, and [`GLOBAL`].
-    shadow: [u64; ENTRIES],
-}
-
-impl Tlb {
-    /// An empty one.
-    pub(crate) fn new() -> Box<Self> {
-        Box::new(Self { entries: [EMPTY; ENTRIES], shadow: [0; ENTRIES] })
-    }
-
-    fn flush(&mut self) {
-        self.entries = [EMPTY; ENTRIES];
-    }
-}
+use crate::cpu::{Cpu, Fault, SS, mode};
+use crate::tlb::{PAGE, Place};
+use crate::vm::EV_CLOCK;
+pub(crate) use crate::word::Word;
 
 /// The kind of an access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,111 +41,6 @@ pub(crate) struct Mapping {
 /// A memory access that faulted; [`Cpu::fault`] says how.
 #[derive(Debug)]
 pub(crate) struct Trap;
-
-/// An unsigned integer that the guest moves.
-pub(crate) trait Word: Copy + 'static {
-    /// Bytes.
-    const SIZE: u64;
-    /// log2 of [`Word::SIZE`].
-    const LOG2: u32;
-    fn to_u64(self) -> u64;
-    fn from_u64(value: u64) -> Self;
-    /// Sign-extended to 64 bits.
-    fn sx(self) -> u64;
-    /// # Safety
-    /// `p` is valid for the access.
-    unsafe fn load(p: *const u8) -> Self;
-    /// # Safety
-    /// As for `load`.
-    unsafe fn store(p: *mut u8, value: Self);
-    /// Compares and exchanges atomically; gives what was there.
-    /// # Safety
-    /// As for `load`, and `p` is aligned.
-    unsafe fn cas(p: *mut u8, old: Self, new: Self) -> Result<Self, Self>;
-}
-
-#[repr(C, packed)]
-#[derive(Clone, Copy)]
-struct Packed<T>(T);
-
-macro_rules! word {
-    ($t:ty, $signed:ty, $atomic:ty, $log2:literal) => {
-        impl Word for $t {
-            const SIZE: u64 = 1 << $log2;
-            const LOG2: u32 = $log2;
-            #[inline(always)]
-            fn to_u64(self) -> u64 {
-                u64::from(self)
-            }
-            #[inline(always)]
-            fn from_u64(value: u64) -> Self {
-                value as Self
-            }
-            #[inline(always)]
-            fn sx(self) -> u64 {
-                self as $signed as i64 as u64
-            }
-            #[inline(always)]
-            unsafe fn load(p: *const u8) -> Self {
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: the caller's. A volatile load is one `mov`, which loads acquire on this host and may be misaligned.
-                unsafe {
-                    p.cast::<Packed<Self>>().read_volatile().0
-                }
-                #[cfg(not(target_arch = "x86_64"))]
-                // SAFETY: the caller's; alignment is checked before the atomic access.
-                unsafe {
-                    if p.addr() & (Self::SIZE as usize - 1) == 0 {
-                        <$atomic>::from_ptr(p.cast_mut().cast()).load(Ordering::Acquire)
-                    } else {
-                        p.cast::<Self>().read_unaligned()
-                    }
-                }
-            }
-            #[inline(always)]
-            unsafe fn store(p: *mut u8, value: Self) {
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: as in `load`.
-                unsafe {
-                    p.cast::<Packed<Self>>().write_volatile(Packed(value));
-                }
-                #[cfg(not(target_arch = "x86_64"))]
-                // SAFETY: as in `load`.
-                unsafe {
-                    if p.addr() & (Self::SIZE as usize - 1) == 0 {
-                        <$atomic>::from_ptr(p.cast()).store(value, Ordering::Release)
-                    } else {
-                        p.cast::<Self>().write_unaligned(value)
-                    }
-                }
-            }
-            #[inline(always)]
-            unsafe fn cas(p: *mut u8, old: Self, new: Self) -> Result<Self, Self> {
-                // SAFETY: the caller's.
-                unsafe { <$atomic>::from_ptr(p.cast()) }.compare_exchange(
-                    old,
-                    new,
-                    Ordering::SeqCst,
-                    Ordering::SeqCst,
-                )
-            }
-        }
-    };
-}
-
-word!(u8, i8, std::sync::atomic::AtomicU8, 0);
-word!(u16, i16, std::sync::atomic::AtomicU16, 1);
-word!(u32, i32, std::sync::atomic::AtomicU32, 2);
-word!(u64, i64, std::sync::atomic::AtomicU64, 3);
-
-/// Where the bytes of an access are.
-#[derive(Clone, Copy)]
-enum Place {
-    /// RAM, contiguous.
-    Ram(*mut u8),
-    /// Not RAM: the guest-physical address.
-    Io(u64),
-}
 
 /// A CPU whose memory is what the TLB has: an access that misses fails without any effect, and without a call.
 ///
@@ -365,12 +217,6 @@ unsafe fn exchange<T: Word, R>(p: *mut u8, f: impl Fn(T) -> (T, R)) -> R {
 }
 
 impl Cpu {
-    #[inline(always)]
-    fn entry(tlb: *mut Tlb, address: u64) -> *mut Entry {
-        // SAFETY: the index is below ENTRIES; `tlb` is one of the CPU's two.
-        unsafe { (&raw mut (*tlb).entries).cast::<Entry>().add((address >> 12) as usize & (ENTRIES - 1)) }
-    }
-
     /// Reads at the current privilege. The handlers' way: on a fault [`Cpu::fault`] is set.
     #[inline(always)]
     pub(crate) fn load<T: Word>(&mut self, address: u64) -> Result<T, Trap> {
@@ -590,20 +436,11 @@ impl Cpu {
     /// The guest-physical address of code at `address`, and its host address (null where it is not RAM).
     pub(crate) fn code_at(&mut self, address: u64) -> Result<(u64, *const u8), Fault> {
         let user = self.cpl == 3;
-        let entry = Self::entry(&raw mut *self.tlbs[usize::from(user)], address);
-        // SAFETY: the entry is inside the TLB.
-        unsafe {
-            if (*entry).exec == address & PAGE {
-                let shadow = self.tlbs[usize::from(user)].shadow[(address >> 12) as usize & (ENTRIES - 1)];
-                let host = std::ptr::with_exposed_provenance(address.wrapping_add((*entry).addend) as usize);
-                return Ok((shadow & PAGE | address & 0xfff, host));
-            }
+        if let Some(found) = self.cached_code(address, user) {
+            return Ok(found);
         }
         match self.place(address, 1, Access::Execute, user)? {
-            Place::Ram(p) => {
-                let shadow = self.tlbs[usize::from(user)].shadow[(address >> 12) as usize & (ENTRIES - 1)];
-                Ok((shadow & PAGE | address & 0xfff, p))
-            }
+            Place::Ram(p) => Ok(self.cached_code(address, user).unwrap_or((u64::MAX, p))),
             Place::Io(phys) => Ok((phys, std::ptr::null())),
         }
     }
@@ -670,117 +507,6 @@ impl Cpu {
         if self.mode & mode::CODE == mode::CODE64 { address } else { address & 0xffff_ffff }
     }
 
-    /// Finds `size` bytes, which lie in one page, and fills the TLB.
-    fn place(&mut self, address: u64, size: u64, access: Access, user: bool) -> Result<Place, Fault> {
-        if self.efer & efer::LMA != 0 && ((address << 16) as i64 >> 16) as u64 != address {
-            return Err(Fault::gp(0));
-        }
-        let page = address & PAGE;
-        let mapping = paging::walk(self, address, access, user)?;
-        let Some(index) = self.vm.page_index(mapping.phys) else {
-            return Ok(Place::Io(mapping.phys & PAGE | address & 0xfff));
-        };
-        let host = self.vm.ram_page(index);
-        let vm = &self.vm;
-        let mut code = vm.code[index].load(Ordering::SeqCst);
-        if access == Access::Write {
-            vm.mark_dirty(index);
-            if code != 0 {
-                let (first, last) = (address >> 6 & 63, (address & 0xfff).wrapping_add(size - 1) >> 6 & 63);
-                let mask = (u64::MAX >> (63 - (last - first))) << first;
-                if code & mask != 0 {
-                    self.written_code(index);
-                    code = 0;
-                }
-            }
-        }
-        let write = mapping.write && code == 0 && self.vm.is_dirty_or_off(index);
-        let slot = (address >> 12) as usize & (ENTRIES - 1);
-        let tlb = &mut *self.tlbs[usize::from(user)];
-        tlb.entries[slot] = Entry {
-            read: page,
-            write: if write { page } else { NONE },
-            exec: if mapping.exec { page } else { NONE },
-            addend: (host.expose_provenance() as u64).wrapping_sub(page),
-        };
-        tlb.shadow[slot] = mapping.phys & PAGE | if mapping.global { GLOBAL } else { 0 };
-        // SAFETY: the offset stays inside the page.
-        Ok(Place::Ram(unsafe { host.add((address & 0xfff) as usize) }))
-    }
-
-    /// A store hits decoded code: forgets the page's blocks, here and on the other vCPUs.
-    #[cold]
-    fn written_code(&mut self, index: usize) {
-        self.vm.code[index].store(0, Ordering::SeqCst);
-        self.forget_page(index);
-        self.vm.tell_others(self.index, Notice::CodeWritten(index));
-    }
-
-    /// Notes that granules of a page have been decoded. The first time, stores to the page stop being fast on every vCPU.
-    pub(crate) fn note_code(&mut self, index: usize, mask: u64) {
-        let before = self.vm.code[index].fetch_or(mask, Ordering::SeqCst);
-        if before == 0 {
-            self.drop_write_tags(index);
-            self.vm.tell_others(self.index, Notice::CodeDecoded(index));
-        }
-    }
-
-    /// Takes fast stores away from a page. Whether there were any.
-    pub(crate) fn drop_write_tags(&mut self, index: usize) -> bool {
-        let phys = self.vm.page_address(index);
-        let mut any = false;
-        for tlb in &mut self.tlbs {
-            for slot in 0..ENTRIES {
-                if tlb.shadow[slot] & PAGE == phys && tlb.entries[slot].write != NONE {
-                    tlb.entries[slot].write = NONE;
-                    any = true;
-                }
-            }
-        }
-        any
-    }
-
-    /// Takes fast stores away from all pages, noting in the dirty log those that had them.
-    pub(crate) fn drop_all_write_tags(&mut self) {
-        for tlb in &mut self.tlbs {
-            for slot in 0..ENTRIES {
-                if tlb.entries[slot].write != NONE {
-                    tlb.entries[slot].write = NONE;
-                    if let Some(index) = self.vm.page_index(tlb.shadow[slot] & PAGE) {
-                        self.vm.mark_dirty(index);
-                    }
-                }
-            }
-        }
-    }
-
-    /// Forgets all translations.
-    pub(crate) fn flush_tlb(&mut self) {
-        self.tlbs[0].flush();
-        self.tlbs[1].flush();
-        self.blocks.new_context();
-    }
-
-    /// Forgets the translations that are not global.
-    pub(crate) fn flush_tlb_non_global(&mut self) {
-        for tlb in &mut self.tlbs {
-            for slot in 0..ENTRIES {
-                if tlb.shadow[slot] & GLOBAL == 0 {
-                    tlb.entries[slot] = EMPTY;
-                }
-            }
-        }
-        self.blocks.new_context();
-    }
-
-    /// Forgets the translation of one page.
-    pub(crate) fn flush_page(&mut self, address: u64) {
-        let slot = (address >> 12) as usize & (ENTRIES - 1);
-        self.tlbs[0].entries[slot] = EMPTY;
-        self.tlbs[1].entries[slot] = EMPTY;
-        self.blocks.new_context();
-    }
-
     /// Device registers may arm timers: by instruction count the block ends, and the deadlines are looked at again.
     fn io_clock(&self) {
         if self.vm.turns.is_some() {
@@ -830,10 +556,9 @@ impl Cpu {
         let protected = self.cr0 & crate::cpu::cr0::PE != 0 && self.rflags & crate::cpu::fl::VM == 0;
         if protected {
             let code = seg.rights & 8 != 0;
-            if seg.rights & 0x80 == 0
-                || write && (code || seg.rights & 2 == 0)
-                || !write && code && seg.rights & 2 == 0
-            {
+            // The bit says writable for data and readable for code.
+            let allowed = if seg.rights & 2 != 0 { !(write && code) } else { !write && !code };
+            if seg.rights & 0x80 == 0 || !allowed {
                 return Err(refuse());
             }
         }

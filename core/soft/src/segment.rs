@@ -553,7 +553,10 @@ impl Return {
             for seg in [ES, DS, FS, GS] {
                 let rights = cpu.seg[seg].rights;
                 let free = rights & (CODE | CONFORMING) == CODE | CONFORMING;
-                if rights & PRESENT != 0 && !free && dpl(rights) < self.cpl {
+                if cpu.seg[seg].selector & 0xfffc == 0 {
+                    // Null already: its RPL goes. The base stays, which 64-bit code sets apart from the selector.
+                    cpu.seg[seg].selector = 0;
+                } else if rights & PRESENT != 0 && !free && dpl(rights) < self.cpl {
                     cpu.seg[seg] = null(0);
                 }
             }

@@ -7,7 +7,7 @@
 
 use std::sync::atomic::Ordering;
 
-use iced_x86::{Code, Instruction, OpKind, Register};
+use iced_x86::{Code, Instruction, OpKind};
 
 use crate::cpu::{Cpu, ES, Fault, RAX, RCX, RDI, RDX, RSI, fl, mode};
 use crate::mem::{Access, Word};

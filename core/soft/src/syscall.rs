@@ -4,6 +4,8 @@
 use tenon_core::Segment;
 
 use crate::cpu::{Cpu, Fault, RCX, RDX, RSP, SS, efer, fl};
+use crate::exception;
+use crate::exec::ENTERED;
 use crate::segment::{self, is_64, is_canonical, is_long, is_protected};
 
 /// Flat code: 64-bit, or 32-bit.
@@ -46,6 +48,10 @@ pub(crate) fn syscall(cpu: &mut Cpu) -> Result<(), Fault> {
         target
     };
     enter(cpu, code(selector, long, 0), data(selector + 8, 0), 0, rip);
+    // Masking TF masks the trap after this instruction too.
+    if flags & fl::TF != 0 && cpu.rflags & fl::TF == 0 {
+        cpu.exit = ENTERED;
+    }
     Ok(())
 }
 
@@ -71,7 +77,9 @@ pub(crate) fn sysret(cpu: &mut Cpu, size: u8) -> Result<(), Fault> {
     let selector = if long { base.wrapping_add(16) | 3 } else { base | 3 };
     let rip = if long { rcx } else { rcx & 0xffff_ffff };
     enter(cpu, code(selector, long, 3), data(base.wrapping_add(8) | 3, 3), 3, rip);
-    Ok(())
+    // If TF is set now, the trap comes at once, as if SYSCALL had just completed.
+    cpu.exit = ENTERED;
+    if cpu.rflags & fl::TF != 0 { exception::single_step(cpu) } else { Ok(()) }
 }
 
 /// SYSENTER.

@@ -138,7 +138,6 @@ pub(crate) struct VmShared {
     pub(crate) clock: Arc<Clock>,
     pub(crate) chip: Arc<IrqChip>,
     pub(crate) vcpus: Vec<Arc<VcpuShared>>,
-    pub(crate) model: tenon_core::CpuModel,
     /// For each page of RAM, the 64-byte granules that hold decoded code.
     pub(crate) code: Vec<AtomicU64>,
     dirty_on: AtomicBool,
@@ -333,7 +332,6 @@ impl Engine for Soft {
             mmio: setup.mmio,
             chip,
             vcpus,
-            model: setup.cpu_model,
             code: zeroed(pages),
             dirty_on: AtomicBool::new(false),
             dirty: zeroed(pages.div_ceil(64)),

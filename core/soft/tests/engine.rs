@@ -1,6 +1,6 @@
 //! The engine's own promises, through its public door: code that changes, vCPUs that share memory, kicks, the dirty log,
 //! determinism, and states that move.
-#![allow(clippy::cast_possible_truncation)]
+#![allow(clippy::cast_possible_truncation, clippy::unwrap_used)]
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -61,8 +61,8 @@ impl Rig {
         let done = Arc::new(Done::default());
         let claim = pio.claim("done", DONE.into(), 4, done.clone()).unwrap();
         let put = |at: u64, value: u64| ram.map().write_obj(value, GuestAddress(at)).unwrap();
-        put(TABLES, TABLES + 0x1000 | 3);
-        put(TABLES + 0x1000, TABLES + 0x2000 | 3);
+        put(TABLES, (TABLES + 0x1000) | 3);
+        put(TABLES + 0x1000, (TABLES + 0x2000) | 3);
         for n in 0..RAM_SIZE >> 21 {
             put(TABLES + 0x2000 + 8 * n, n << 21 | 0x83);
         }

@@ -275,7 +275,7 @@ fn x2apic_refuses_what_is_reserved_and_mode_changes_follow_the_manual() {
     let apic = chip.apic(1);
     assert!(apic.msr_read(2).is_err(), "still xAPIC");
     assert!(apic.set_base(APIC_BASE | BASE_X2APIC).is_err());
-    assert!(apic.set_base(APIC_BASE + 0x1000 | BASE_ENABLE).is_err());
+    assert!(apic.set_base((APIC_BASE + 0x1000) | BASE_ENABLE).is_err());
     x2apic(&chip, 1);
     assert!(!apic.is_mapped());
     assert_eq!(apic.msr_read(2), Ok(1));

@@ -1,4 +1,6 @@
 //! Picks the fast handlers for 64-bit code.
+//!
+//! One file, though long: it is one decision, spelled out for each group of instructions.
 #![allow(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
@@ -46,7 +48,6 @@ macro_rules! by_form {
         }
     };
 }
-pub(super) use by_form;
 
 macro_rules! by_alu {
     ($mnemonic:expr, $o:ident => $body:expr) => {

@@ -2,6 +2,9 @@
 //!
 //! They are generic in the operand's size ([`Word`]), in how the memory operand's address is made ([`Ea`]) and in the
 //! operation; [`crate::lower`] picks. Registers are committed last, after everything that can fault.
+//!
+//! One file, though long: it is a list of small handlers, and the macro that makes them.
+#![allow(clippy::redundant_closure_call, reason = "a handler's body is a closure so that it may use `?`")]
 #![allow(unsafe_code, reason = "ops are reached by raw pointer; register numbers were made by the lowering")]
 #![allow(
     clippy::cast_possible_truncation,

@@ -1,4 +1,5 @@
 //! Fast handlers of the SSE moves that 64-bit user code does most. The rest goes through [`super::fp`].
+#![allow(clippy::redundant_closure_call, reason = "a handler's body is a closure so that it may use `?`")]
 #![allow(unsafe_code, reason = "ops are reached by raw pointer; register numbers were made by the lowering")]
 
 use tenon_soft_fp::Kind;

@@ -91,12 +91,12 @@ pub(crate) fn shift(op: Shift, log2: u32, a: u64, count: u64, before: Lazy) -> (
     let top = |v: u64| v >> (bits - 1) & 1;
     match op {
         Shift::Shl => {
-            let half = if count - 1 >= bits { 0 } else { a << (count - 1) & mask };
+            let half = if count > bits { 0 } else { a << (count - 1) & mask };
             let r = sx(half << 1, log2);
             (r, Some(lazy(kind::SHL, log2, r, sx(half, log2))))
         }
         Shift::Shr => {
-            let half = if count - 1 >= bits { 0 } else { a >> (count - 1) };
+            let half = if count > bits { 0 } else { a >> (count - 1) };
             let r = sx(half >> 1, log2);
             (r, Some(lazy(kind::SHR, log2, r, half)))
         }

@@ -32,7 +32,7 @@ pub(super) fn execute(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Fault> {
             if base == 0 {
                 return Err(Fault::DE);
             }
-            cpu.set_sized(RAX, 1, (al / base) << 8 | al % base);
+            cpu.set_sized(RAX, 1, ((al / base) << 8) | (al % base));
             cpu.set_arith(result_flags(al % base));
         }
         Mnemonic::Aad => {
@@ -44,7 +44,7 @@ pub(super) fn execute(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Fault> {
             let sub = insn.mnemonic() == Mnemonic::Das;
             let high = al > 0x99 || cf;
             let by = if adjust { 6 } else { 0 } + if high { 0x60 } else { 0 };
-            let new = if sub { al.wrapping_sub(by) } else { al + by } & 0xff;
+            let new = (if sub { al.wrapping_sub(by) } else { al + by }) & 0xff;
             let borrow = sub && adjust && al < 6;
             cpu.set_sized(RAX, 0, new);
             let mut carry = if high || borrow { fl::CF } else { 0 };

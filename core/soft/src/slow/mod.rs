@@ -426,7 +426,7 @@ pub(crate) fn knows(insn: &Instruction) -> bool {
                 | M::Endbr32
                 | M::Reservednop
         )
-        || insn.is_jcc_short_or_near() == false && is_cmov_or_set(insn)
+        || is_cmov_or_set(insn)
 }
 
 fn is_cmov_or_set(insn: &Instruction) -> bool {

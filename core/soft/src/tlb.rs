@@ -1,0 +1,201 @@
+//! The software TLB: how it is filled, flushed, and kept from letting stores to decoded code by.
+//!
+//! An entry holds one tag for each kind of access and the distance from linear to host address. A tag is the page's linear
+//! address, or [`NONE`] where this kind of access must take the slow path: because the page is not mapped so, holds decoded code, is
+//! not yet in the dirty log, or is not RAM. The tag is compared with the page of the access's *last* byte at the index of its first
+//! one's page, so that an access that crosses into the next page misses as well.
+#![allow(unsafe_code, reason = "host addresses of guest pages are computed here")]
+#![allow(clippy::cast_possible_truncation, reason = "offsets inside a page")]
+#![allow(clippy::cast_sign_loss, clippy::cast_possible_wrap, reason = "addresses are sign-extended")]
+
+use std::sync::atomic::Ordering;
+
+use crate::cpu::{Cpu, Fault, efer};
+use crate::mem::Access;
+use crate::paging;
+use crate::vm::Notice;
+
+/// Entries per privilege.
+const ENTRIES: usize = 1024;
+/// A tag that no page has.
+const NONE: u64 = u64::MAX;
+pub(crate) const PAGE: u64 = !0xfff;
+/// Set in a shadow entry whose translation is global.
+const GLOBAL: u64 = 1;
+
+/// One translation.
+#[repr(C, align(32))]
+#[derive(Clone, Copy)]
+pub(crate) struct Entry {
+    pub(crate) read: u64,
+    pub(crate) write: u64,
+    pub(crate) exec: u64,
+    /// Host address minus linear address.
+    pub(crate) addend: u64,
+}
+
+const EMPTY: Entry = Entry { read: NONE, write: NONE, exec: NONE, addend: 0 };
+
+/// The translations of one privilege: user or supervisor.
+#[repr(C)]
+pub(crate) struct Tlb {
+    entries: [Entry; ENTRIES],
+    /// The guest-physical page of each entry, and [`GLOBAL`].
+    shadow: [u64; ENTRIES],
+}
+
+impl Tlb {
+    /// An empty one.
+    pub(crate) fn new() -> Box<Self> {
+        Box::new(Self { entries: [EMPTY; ENTRIES], shadow: [0; ENTRIES] })
+    }
+
+    fn flush(&mut self) {
+        self.entries = [EMPTY; ENTRIES];
+    }
+}
+
+/// Where the bytes of an access are.
+#[derive(Clone, Copy)]
+pub(crate) enum Place {
+    /// RAM, contiguous.
+    Ram(*mut u8),
+    /// Not RAM: the guest-physical address.
+    Io(u64),
+}
+
+impl Cpu {
+    #[inline(always)]
+    pub(crate) fn entry(tlb: *mut Tlb, address: u64) -> *mut Entry {
+        // SAFETY: the index is below ENTRIES; `tlb` is one of the CPU's two.
+        unsafe { (&raw mut (*tlb).entries).cast::<Entry>().add((address >> 12) as usize & (ENTRIES - 1)) }
+    }
+
+    /// Finds `size` bytes, which lie in one page, and fills the TLB.
+    pub(crate) fn place(
+        &mut self,
+        address: u64,
+        size: u64,
+        access: Access,
+        user: bool,
+    ) -> Result<Place, Fault> {
+        if self.efer & efer::LMA != 0 && ((address << 16) as i64 >> 16) as u64 != address {
+            return Err(Fault::gp(0));
+        }
+        let page = address & PAGE;
+        let mapping = paging::walk(self, address, access, user)?;
+        let Some(index) = self.vm.page_index(mapping.phys) else {
+            return Ok(Place::Io(mapping.phys & PAGE | address & 0xfff));
+        };
+        let host = self.vm.ram_page(index);
+        let vm = &self.vm;
+        let mut code = vm.code[index].load(Ordering::SeqCst);
+        if access == Access::Write {
+            vm.mark_dirty(index);
+            if code != 0 {
+                let (first, last) = (address >> 6 & 63, (address & 0xfff).wrapping_add(size - 1) >> 6 & 63);
+                let mask = (u64::MAX >> (63 - (last - first))) << first;
+                if code & mask != 0 {
+                    self.written_code(index);
+                    code = 0;
+                }
+            }
+        }
+        let write = mapping.write && code == 0 && self.vm.is_dirty_or_off(index);
+        let slot = (address >> 12) as usize & (ENTRIES - 1);
+        let tlb = &mut *self.tlbs[usize::from(user)];
+        tlb.entries[slot] = Entry {
+            read: page,
+            write: if write { page } else { NONE },
+            exec: if mapping.exec { page } else { NONE },
+            addend: (host.expose_provenance() as u64).wrapping_sub(page),
+        };
+        tlb.shadow[slot] = mapping.phys & PAGE | if mapping.global { GLOBAL } else { 0 };
+        // SAFETY: the offset stays inside the page.
+        Ok(Place::Ram(unsafe { host.add((address & 0xfff) as usize) }))
+    }
+
+    /// A store hits decoded code: forgets the page's blocks, here and on the other vCPUs.
+    #[cold]
+    fn written_code(&mut self, index: usize) {
+        self.vm.code[index].store(0, Ordering::SeqCst);
+        self.forget_page(index);
+        self.vm.tell_others(self.index, Notice::CodeWritten(index));
+    }
+
+    /// Notes that granules of a page have been decoded. The first time, stores to the page stop being fast on every vCPU.
+    pub(crate) fn note_code(&mut self, index: usize, mask: u64) {
+        let before = self.vm.code[index].fetch_or(mask, Ordering::SeqCst);
+        if before == 0 {
+            self.drop_write_tags(index);
+            self.vm.tell_others(self.index, Notice::CodeDecoded(index));
+        }
+    }
+
+    /// Takes fast stores away from a page. Whether there were any.
+    pub(crate) fn drop_write_tags(&mut self, index: usize) -> bool {
+        let phys = self.vm.page_address(index);
+        let mut any = false;
+        for tlb in &mut self.tlbs {
+            for slot in 0..ENTRIES {
+                if tlb.shadow[slot] & PAGE == phys && tlb.entries[slot].write != NONE {
+                    tlb.entries[slot].write = NONE;
+                    any = true;
+                }
+            }
+        }
+        any
+    }
+
+    /// Takes fast stores away from all pages, noting in the dirty log those that had them.
+    pub(crate) fn drop_all_write_tags(&mut self) {
+        for tlb in &mut self.tlbs {
+            for slot in 0..ENTRIES {
+                if tlb.entries[slot].write != NONE {
+                    tlb.entries[slot].write = NONE;
+                    if let Some(index) = self.vm.page_index(tlb.shadow[slot] & PAGE) {
+                        self.vm.mark_dirty(index);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Forgets all translations.
+    pub(crate) fn flush_tlb(&mut self) {
+        self.tlbs[0].flush();
+        self.tlbs[1].flush();
+        self.blocks.new_context();
+    }
+
+    /// Forgets the translations that are not global.
+    pub(crate) fn flush_tlb_non_global(&mut self) {
+        for tlb in &mut self.tlbs {
+            for slot in 0..ENTRIES {
+                if tlb.shadow[slot] & GLOBAL == 0 {
+                    tlb.entries[slot] = EMPTY;
+                }
+            }
+        }
+        self.blocks.new_context();
+    }
+
+    /// Forgets the translation of one page.
+    pub(crate) fn flush_page(&mut self, address: u64) {
+        let slot = (address >> 12) as usize & (ENTRIES - 1);
+        self.tlbs[0].entries[slot] = EMPTY;
+        self.tlbs[1].entries[slot] = EMPTY;
+        self.blocks.new_context();
+    }
+
+    /// The guest-physical address that an entry of the TLB gives, if it allows execution, and the host's.
+    pub(crate) fn cached_code(&self, address: u64, user: bool) -> Option<(u64, *const u8)> {
+        let tlb = &self.tlbs[usize::from(user)];
+        let slot = (address >> 12) as usize & (ENTRIES - 1);
+        let entry = &tlb.entries[slot];
+        (entry.exec == address & PAGE).then(|| {
+            let host = std::ptr::with_exposed_provenance(address.wrapping_add(entry.addend) as usize);
+            (tlb.shadow[slot] & PAGE | address & 0xfff, host)
+        })
+    }
+}
