@@ -1,4 +1,4 @@
-//! One case: a machine state, memory, and one to four instructions.
+//! One case: a machine state, memory, and one to fourteen instructions.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -77,17 +77,29 @@ impl Case {
             undefined_after: Vec::new(),
             start: 0,
         };
-        builder.start = random.below(CODE_SIZE as u64 - 80);
+        builder.start = random.below(CODE_SIZE as u64 - 15 * 16);
         let last_on_page = random.one_in(64);
-        let length = if last_on_page || random.one_in(2) { 1 } else { 2 + random.below(3) };
-        for n in 0..length {
-            let code = random.pick(if n == 0 { first } else { all });
-            if !builder.add(random, code) {
+        let length = match random.below(16) {
+            _ if last_on_page => 1,
+            0..=7 => 1,
+            8..=13 => 2 + random.below(3),
+            _ => 5 + random.below(10),
+        };
+        // Some attempts fail: what an instruction addresses may be taken by one before it.
+        for _ in 0..3 * length {
+            let added = builder.instructions.len() as u64;
+            if added == length {
+                break;
+            }
+            let code = random.pick(if added == 0 { first } else { all });
+            if matches!(builder.add(random, code), Step::Last) {
                 break;
             }
         }
-        if builder.instructions.is_empty() {
-            return None;
+        let first = builder.instructions.first()?.mnemonic();
+        if matches!(first, Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq) {
+            // Not: single steps, nested tasks, alignment checks.
+            builder.clear_bits(builder.machine.gpr[4], 0x4_4100);
         }
         let Builder { mut machine, data, bytes, mut instructions, undefined_after, mut start, .. } = builder;
         if last_on_page
@@ -126,7 +138,10 @@ impl Case {
         let at = self.instructions.iter().find(|instruction| instruction.ip() == rip);
         at.is_some_and(|at| {
             matches!(at.memory_size().size(), 10 | 14 | 28 | 94 | 108 | 512)
-                || matches!(at.mnemonic(), M::Maskmovdqu | M::Pusha | M::Pushad | M::Popa | M::Popad)
+                || matches!(
+                    at.mnemonic(),
+                    M::Maskmovdqu | M::Bound | M::Pusha | M::Pushad | M::Popa | M::Popad
+                )
         })
     }
 
@@ -170,6 +185,15 @@ fn address(instruction: &Instruction, operand: u32, gpr: &[u64; 16]) -> u64 {
     if instruction.code_size() == CodeSize::Code64 { found } else { found & 0xffff_ffff }
 }
 
+/// What became of an instruction that was to be added.
+enum Step {
+    Added,
+    /// Added, and nothing can follow it.
+    Last,
+    /// It does not go with those before it.
+    Unsuitable,
+}
+
 struct Builder {
     bits: u32,
     machine: Machine,
@@ -188,12 +212,14 @@ impl Builder {
         target(random) & if self.bits == 32 { 0xffff_ffff } else { u64::MAX }
     }
 
-    /// Adds an instruction of this form. False: there shall be no further one.
-    fn add(&mut self, random: &mut Random, code: Code) -> bool {
+    /// Adds an instruction of this form.
+    fn add(&mut self, random: &mut Random, code: Code) -> Step {
         use Mnemonic as M;
         let alone = self.instructions.is_empty();
         let ip = CODE + self.start + self.bytes.len() as u64;
-        let Some((bytes, instruction)) = instruction(random, code, ip, self.bits) else { return false };
+        let Some((bytes, instruction)) = instruction(random, code, ip, self.bits) else {
+            return Step::Unsuitable;
+        };
         let mnemonic = instruction.mnemonic();
         if !alone
             && matches!(
@@ -210,18 +236,18 @@ impl Builder {
                     | M::Ldmxcsr
             )
         {
-            return false;
+            return Step::Unsuitable;
         }
         let repeated = instruction.has_rep_prefix() || instruction.has_repne_prefix();
         if repeated && matches!(mnemonic, M::Loop | M::Loope | M::Loopne) {
             // AMD takes the prefix for another condition.
-            return false;
+            return Step::Unsuitable;
         }
         if mnemonic == M::Pause && bytes[bytes.len() - 2] & 0xf1 == 0x41 {
-            return false; // With REX.B an XCHG on AMD.
+            return Step::Unsuitable; // With REX.B an XCHG on AMD.
         }
         if flags(instruction.rflags_read()) & self.undefined != 0 || undefined_result(&instruction) {
-            return false;
+            return Step::Unsuitable;
         }
         // Aim what it addresses, if the registers are still free.
         let mut factory = InstructionInfoFactory::new();
@@ -237,7 +263,7 @@ impl Builder {
             let addressing =
                 [instruction.memory_base().full_register(), instruction.memory_index().full_register()];
             if addressing.iter().any(|register| self.pinned.contains(register)) {
-                return false;
+                return Step::Unsuitable;
             }
             let shift = matches!(mnemonic, M::Bt | M::Bts | M::Btr | M::Btc)
                 && instruction.op1_kind() == OpKind::Register;
@@ -259,13 +285,16 @@ impl Builder {
             }
             let short = [instruction.op0_kind(), instruction.op1_kind()].contains(&OpKind::MemorySegSI);
             if short && instruction.op_count() == 2 && instruction.op0_kind() != OpKind::Register {
-                return false; // Both are where nothing is mapped.
+                return Step::Unsuitable; // Both are where nothing is mapped.
+            }
+            let both = used.contains(&Register::RSI) && used.contains(&Register::RDI);
+            if both && (self.pinned.contains(&Register::RSI) || self.pinned.contains(&Register::RDI)) {
+                return Step::Unsuitable;
             }
             // One of them is harmless: which of two faults comes first is the model's own.
             let harmful = random.pick(&[6, 7]);
             for (register, number) in [(Register::RSI, 6), (Register::RDI, 7)] {
                 if used.contains(&register) && !self.pinned.contains(&register) {
-                    let both = used.contains(&Register::RSI) && used.contains(&Register::RDI);
                     let benign = DATA + 0x400 + random.below(WRITABLE as u64 - 0x800);
                     self.machine.gpr[number] =
                         if both && number != harmful { benign } else { self.target(random) };
@@ -277,7 +306,7 @@ impl Builder {
                 if instruction.op1_register().size() == 2 && instruction.op2_kind() == OpKind::Register =>
             {
                 if self.pinned.contains(&Register::RCX) || used_as_address(&instruction, Register::RCX) {
-                    return false;
+                    return Step::Unsuitable;
                 }
                 self.machine.gpr[1] = self.machine.gpr[1] & !0x1f | random.below(17);
             }
@@ -299,13 +328,9 @@ impl Builder {
         if instruction.flow_control() != FlowControl::Next
             && !self.aim_branch(random, &instruction, bytes.len() as u64)
         {
-            return false;
+            return Step::Unsuitable;
         }
         self.prepare_memory(random, &instruction, memory);
-        if matches!(mnemonic, M::Popf | M::Popfd | M::Popfq) {
-            // Not: single steps, nested tasks, alignment checks.
-            self.clear_bits(self.machine.gpr[4], 0x4_4100);
-        }
         let written =
             flags(instruction.rflags_written() | instruction.rflags_cleared() | instruction.rflags_set());
         let conditional = instruction.has_rep_prefix() || instruction.has_repne_prefix() || shifts(mnemonic);
@@ -319,7 +344,7 @@ impl Builder {
         self.instructions.push(instruction);
         // What environment stores leave undefined must not be read.
         let environment = matches!(mnemonic, M::Fxsave | M::Fxsave64 | M::Fnsave | M::Fnstenv);
-        instruction.flow_control() == FlowControl::Next && !environment
+        if instruction.flow_control() == FlowControl::Next && !environment { Step::Added } else { Step::Last }
     }
 
     /// CMPXCHG: makes the comparison succeed.
