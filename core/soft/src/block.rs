@@ -100,8 +100,10 @@ struct Jump {
 const JUMPS: usize = 4096;
 const BUCKETS: usize = 1 << 16;
 const CHUNK: usize = 1 << 20;
-/// The arena is emptied beyond this size.
-const ARENA: usize = 96 << 20;
+/// The arenas of all vCPUs together; each has at least [`LEAST`].
+const ARENAS: usize = 256 << 20;
+/// What a booting Linux needs without decoding much twice.
+const LEAST: usize = 16 << 20;
 
 /// A multiplying hash for page numbers.
 #[derive(Default)]
@@ -132,6 +134,8 @@ pub(crate) struct BlockCache {
     /// Changes when translations, mode or blocks do: a jump-cache entry of another context is void.
     context: u64,
     chunks: Vec<Box<[u64]>>,
+    /// How many there may be; beyond that all blocks are forgotten.
+    most_chunks: usize,
     /// Bytes used of the last chunk.
     used: usize,
     /// The link that the next block found may be put into.
@@ -142,8 +146,10 @@ pub(crate) struct BlockCache {
 }
 
 impl BlockCache {
-    pub(crate) fn new() -> Self {
+    /// The cache of one of `vcpus`.
+    pub(crate) fn new(vcpus: usize) -> Self {
         Self {
+            most_chunks: (ARENAS / vcpus.max(1)).clamp(LEAST, ARENAS / 2) / CHUNK,
             jumps: vec![Jump { linear: 0, context: 0, block: std::ptr::null_mut() }; JUMPS],
             buckets: vec![std::ptr::null_mut(); BUCKETS],
             pages: HashMap::default(),
@@ -310,7 +316,7 @@ impl Cpu {
         host: *const u8,
         mode: u32,
     ) -> Result<*mut Block, Fault> {
-        if self.blocks.chunks.len() * CHUNK > ARENA {
+        if self.blocks.chunks.len() > self.blocks.most_chunks {
             self.block = std::ptr::null_mut();
             self.blocks.clear();
         }

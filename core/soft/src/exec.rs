@@ -62,11 +62,11 @@ impl Cpu {
             fx: tenon_soft_fp::FpState::power_on(),
             operands: tenon_soft_fp::Operands::default(),
             msrs: control::Msrs::default(),
+            blocks: BlockCache::new(vm.vcpus.len()),
             index,
             lapic: vm.chip.apic(index).clone(),
             shared: vm.vcpus[index as usize].clone(),
             vm,
-            blocks: BlockCache::new(),
             tlbs: [Tlb::new(), Tlb::new()],
             synced: 0,
         });
