@@ -2,9 +2,9 @@
 //!
 //! | part | module | what the guest sees |
 //! | --- | --- | --- |
-//! | memory map | [`map`] | RAM, and where the firmware's tables are kept from it |
-//! | ACPI tables | [`acpi`] | a hardware-reduced ACPI platform: CPUs, I/O APIC, the plugins' devices, power and reset |
-//! | power registers | [`power`] | sleep control, reset and the power button |
+//! | memory map | `map` | RAM, and where the firmware's tables are kept from it |
+//! | ACPI tables | `acpi` | a hardware-reduced ACPI platform: CPUs, I/O APIC, the plugins' devices, power and reset |
+//! | power registers | `power` | sleep control, reset and the power button |
 //!
 //! This code is native and trusted. It knows no device plugin: an [`AcpiNode`] is made from what a plugin described.
 
