@@ -1,5 +1,13 @@
 //! The system side of the engine, seen by bare guest programs: modes, rings, page faults, exceptions, interrupts, several vCPUs.
-#![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, missing_docs, reason = "a test")]
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::unwrap_used,
+    clippy::precedence,
+    missing_docs,
+    unreachable_pub,
+    reason = "a test"
+)]
 
 #[path = "system/exceptions.rs"]
 mod exceptions;

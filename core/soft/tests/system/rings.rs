@@ -72,6 +72,51 @@ fn syscall_enters_ring_0_and_sysret_leaves_it() {
 }
 
 #[test]
+fn a_single_step_over_syscall_traps_when_it_is_back_in_ring_3() {
+    const ENTRY: u64 = 0x1_8000;
+    let mut guest = Guest::long();
+    guest.program(64, CODE, |a| {
+        wrmsr(a, STAR, u64::from(USER_CODE32) << 48 | u64::from(CODE64) << 32)?;
+        wrmsr(a, LSTAR, ENTRY)?;
+        wrmsr(a, SFMASK, 0x300)?;
+        // With TF.
+        to_ring3(a, USER_CODE64, 0x102)
+    });
+    guest.program(64, ENTRY, |a| {
+        a.nop()?;
+        a.sysretq()
+    });
+    guest.program(64, USER_CODE, |a| {
+        a.syscall()?;
+        a.nop()
+    });
+    let exception = guest.exception();
+    assert_eq!((exception.vector, exception.rip, exception.cs), (1, USER_CODE + 2, USER_CODE64));
+    assert_eq!(exception.state.debug[4] & 0x4000, 0x4000);
+}
+
+#[test]
+fn a_return_outwards_clears_what_the_outer_level_may_not_use() {
+    let mut guest = Guest::long();
+    guest.program(64, CODE, |a| {
+        a.mov(eax, u32::from(DATA))?;
+        a.mov(ds, ax)?;
+        a.mov(eax, 3)?;
+        a.mov(es, ax)?;
+        a.mov(fs, ax)?;
+        a.mov(eax, u32::from(USER_DATA))?;
+        a.mov(gs, ax)?;
+        wrmsr(a, 0xc000_0100, 0x1234_5000)?;
+        to_ring3(a, USER_CODE64, 2)
+    });
+    guest.program(64, USER_CODE, |a| a.ud2());
+    let state = guest.exception().state;
+    let selectors = [0, 3, 4, 5].map(|n| state.segments[n].selector);
+    assert_eq!(selectors, [0, 0, 0, USER_DATA]);
+    assert_eq!(state.segments[4].base, 0x1234_5000, "a base set by MSR stays");
+}
+
+#[test]
 fn sysret_to_an_address_that_is_not_canonical_faults_in_ring_0() {
     let mut guest = Guest::long();
     guest.program(64, CODE, |a| {
