@@ -338,6 +338,11 @@ impl Builder {
             self.undefined &= !written;
         }
         self.undefined |= flags(instruction.rflags_undefined());
+        if matches!(mnemonic, M::Rcl | M::Rcr)
+            && !(instruction.op1_kind() == OpKind::Immediate8 && instruction.immediate8() == 1)
+        {
+            self.undefined |= 0x800; // OF, also where the count is a multiple of the operand's width and one.
+        }
         self.undefined_after.push(self.undefined);
         self.pinned.extend(used);
         self.bytes.extend(bytes);
