@@ -239,7 +239,7 @@ fn cpuid_shows_the_hypervisor_and_its_clock_gives_the_time() {
     assert!((before..=after).contains(&(tsc & !0xff)) || (before..=after).contains(&tsc));
     // struct pvclock_vcpu_time_info.
     let version: u32 = guest.get(PAGE);
-    assert!(version != 0 && version % 2 == 0);
+    assert!(version != 0 && version.is_multiple_of(2));
     let (stamp, system): (u64, u64) = (guest.get(PAGE + 8), guest.get(PAGE + 16));
     let (multiplier, shift): (u32, i8) = (guest.get(PAGE + 24), guest.get(PAGE + 28));
     let time = system + (((u128::from(tsc - stamp)) << shift) * u128::from(multiplier) >> 32) as u64;

@@ -238,7 +238,8 @@ fn ring_3_cannot_change_iopl_or_the_interrupt_flag() {
 
 #[test]
 fn privileged_instructions_fault_in_ring_3() {
-    let cases: [&dyn Fn(&mut CodeAssembler) -> Result<(), IcedError>; 12] = [
+    type Case = dyn Fn(&mut CodeAssembler) -> Result<(), IcedError>;
+    let cases: [&Case; 12] = [
         &|a| a.hlt(),
         &|a| a.clts(),
         &|a| a.wbinvd(),

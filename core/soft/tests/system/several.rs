@@ -104,7 +104,7 @@ fn init_and_sipi_start_every_other_vcpu() {
         });
         guest.program(64, CODE, |a| {
             start_others(a)?;
-            wait_for(a, vcpus as i32 - 1)?;
+            wait_for(a, vcpus.cast_signed() - 1)?;
             a.out(STOP, al)
         });
         run(&mut guest, vcpus);
@@ -154,7 +154,7 @@ fn locked_operations_of_several_vcpus_lose_nothing() {
         guest.program(64, CODE, |a| {
             start_others(a)?;
             counting(ROUNDS, a)?;
-            wait_for(a, vcpus as i32)?;
+            wait_for(a, vcpus.cast_signed())?;
             a.out(STOP, al)
         });
         run(&mut guest, vcpus);
@@ -293,7 +293,7 @@ fn counted(vcpus: u32) -> (Vec<u64>, u64, Vec<u64>) {
         a.mov(dword_ptr(APIC + 0x380), 23_456)?;
         a.sti()?;
         counting(3_000, a)?;
-        wait_for(a, vcpus as i32)?;
+        wait_for(a, vcpus.cast_signed())?;
         // Idle time is skipped, and counted.
         a.hlt()?;
         a.rdtsc()?;
