@@ -27,12 +27,15 @@ pub(crate) fn build_all() -> Result<PathBuf> {
     Ok(tenon)
 }
 
-/// Builds the tenon command.
+/// Builds the tenon command, and with it all of the workspace: cargo resolves features by what is built together, and tests shall not compile
+/// wasmtime again.
 ///
 /// # Errors
 /// It does not build.
 pub(crate) fn build_command() -> Result<()> {
-    run(cargo().args(["build", "--release", "--package", "tenon", "--target-dir"]).arg(tree::target()?))
+    run(cargo()
+        .args(["build", "--release", "--workspace", "--all-targets", "--target-dir"])
+        .arg(tree::target()?))
 }
 
 /// Builds every bundled plugin, as a component and as a native library.
