@@ -19,7 +19,7 @@ use wasmtime::component::Resource;
 use crate::bindings::personality::tenon::personality as import;
 use crate::bindings::personality::{PersonalityPluginPre, exports};
 use crate::fault::{Fault, TooManyHostCalls};
-use crate::host::{Host, Limiter};
+use crate::host::{Allowance, Host, Limiter};
 use crate::manifest::Limits;
 use crate::services::{LogLimit, emit};
 
@@ -254,6 +254,7 @@ pub(crate) struct GuestState {
     loading: Loading,
     limiter: Limiter,
     calls_left: u32,
+    allowance: Allowance,
 }
 
 impl GuestState {
@@ -273,13 +274,17 @@ pub(crate) fn load(
     options: &[(String, String)],
 ) -> Result<Result<abi::Boot, PersonalityError>, Fault> {
     let images = u32::try_from(loading.images.len()).unwrap_or(u32::MAX);
-    let state = GuestState { loading, limiter: Limiter::new(limits.memory), calls_left: HOST_CALLS };
+    let mut allowance = Allowance::new(&host.ticker, limits.deadline);
+    allowance.begin();
+    let ticks = allowance.ticks;
+    let state =
+        GuestState { loading, limiter: Limiter::new(limits.memory), calls_left: HOST_CALLS, allowance };
     let mut store = Store::new(&host.engine, state);
     store.limiter(|state| &mut state.limiter);
     store.set_hostcall_fuel(usize::try_from(limits.memory).unwrap_or(usize::MAX));
     store.set_max_component_handles(1024);
-    store.set_epoch_deadline(host.ticker.ticks(limits.deadline));
-    host.ticker.touch();
+    store.epoch_deadline_callback(|mut store| store.data_mut().allowance.expire());
+    store.set_epoch_deadline(ticks);
     let wrong = |error: wasmtime::Error| personality_fault(&error, limits.deadline);
     let bindings = pre.instantiate(&mut store).map_err(wrong)?;
     let machine = import::types::Machine {

@@ -192,6 +192,58 @@ impl wasmtime::ResourceLimiter for Limiter {
     }
 }
 
+/// How much time one call has, counted so that a busy host is not held against the plugin: half of the deadline by the clock on the wall, then the other half
+/// by the time that its thread got from the CPU.
+pub(crate) struct Allowance {
+    ticker: Arc<Ticker>,
+    half: Duration,
+    /// Half the deadline in ticks.
+    pub(crate) ticks: u64,
+    /// The second half ends when the thread has used this much.
+    until: Option<Duration>,
+}
+
+impl Allowance {
+    pub(crate) fn new(ticker: &Arc<Ticker>, deadline: Duration) -> Self {
+        let half = deadline / 2;
+        Self { ticker: ticker.clone(), half, ticks: ticker.ticks(half), until: None }
+    }
+
+    /// A call begins.
+    #[inline]
+    pub(crate) fn begin(&mut self) {
+        self.ticker.touch();
+        self.until = None;
+    }
+
+    /// The epoch has reached the deadline that was set.
+    pub(crate) fn expire(&mut self) -> wasmtime::Result<wasmtime::UpdateDeadline> {
+        // Long calls keep the ticker awake.
+        self.ticker.touch();
+        let used = thread_time();
+        match self.until {
+            Some(until) if used >= until => Ok(wasmtime::UpdateDeadline::Interrupt),
+            Some(until) => {
+                let left = u64::try_from((until - used).as_millis()).unwrap_or(u64::MAX);
+                Ok(wasmtime::UpdateDeadline::Continue(left.clamp(1, self.ticks)))
+            }
+            None => {
+                self.until = Some(used + self.half);
+                Ok(wasmtime::UpdateDeadline::Continue(self.ticks))
+            }
+        }
+    }
+}
+
+/// How much time this thread has got from the CPU.
+#[allow(unsafe_code, reason = "the C library's clock")]
+fn thread_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` is a valid place for the answer.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
+}
+
 /// How long a tick of the epoch lasts.
 const TICK: Duration = Duration::from_millis(1);
 

@@ -3,7 +3,6 @@
 //! Each call begins with a new deadline and a new budget of host calls. Handles are indices of the lists in the description; the component model
 //! gives the plugin none that it was not given, so nothing is looked up.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use tenon_abi as abi;
@@ -15,7 +14,7 @@ use crate::bindings::device::exports::tenon::device::device as export;
 use crate::bindings::device::tenon::device as import;
 use crate::bindings::device::{DevicePlugin, DevicePluginPre};
 use crate::fault::{Fault, OverLimit, TooManyHostCalls};
-use crate::host::{Host, Limiter, Ticker};
+use crate::host::{Allowance, Host, Limiter};
 use crate::instance::{Answer, Call, DeviceInstance};
 use crate::manifest::Limits;
 use crate::services::Services;
@@ -30,6 +29,7 @@ pub(crate) struct DeviceState {
     services: Option<Box<Services>>,
     limiter: Limiter,
     calls_left: u32,
+    allowance: Allowance,
 }
 
 impl DeviceState {
@@ -47,7 +47,6 @@ impl DeviceState {
 pub(crate) struct WasmDevice {
     store: Store<DeviceState>,
     bindings: DevicePlugin,
-    ticker: Arc<Ticker>,
     ticks: u64,
     deadline: Duration,
 }
@@ -58,25 +57,31 @@ impl WasmDevice {
         pre: &DevicePluginPre<DeviceState>,
         limits: &Limits,
     ) -> Result<Self, Fault> {
-        let state =
-            DeviceState { services: None, limiter: Limiter::new(limits.memory), calls_left: HOST_CALLS };
+        let mut allowance = Allowance::new(&host.ticker, limits.deadline);
+        allowance.begin();
+        let ticks = allowance.ticks;
+        let state = DeviceState {
+            services: None,
+            limiter: Limiter::new(limits.memory),
+            calls_left: HOST_CALLS,
+            allowance,
+        };
         let mut store = Store::new(&host.engine, state);
         store.limiter(|state| &mut state.limiter);
         store.set_hostcall_fuel(usize::try_from(limits.memory).unwrap_or(usize::MAX));
         store.set_max_component_handles(HANDLES);
-        let ticker = host.ticker.clone();
-        let ticks = ticker.ticks(limits.deadline);
+        store.epoch_deadline_callback(|mut store| store.data_mut().allowance.expire());
         store.set_epoch_deadline(ticks);
-        ticker.touch();
         let bindings = pre.instantiate(&mut store).map_err(|error| fault(&error, limits.deadline))?;
-        Ok(Self { store, bindings, ticker, ticks, deadline: limits.deadline })
+        Ok(Self { store, bindings, ticks, deadline: limits.deadline })
     }
 
     #[inline]
     fn begin(&mut self) -> (&export::Guest, &mut Store<DeviceState>) {
-        self.ticker.touch();
         self.store.set_epoch_deadline(self.ticks);
-        self.store.data_mut().calls_left = HOST_CALLS;
+        let state = self.store.data_mut();
+        state.calls_left = HOST_CALLS;
+        state.allowance.begin();
         (self.bindings.tenon_device_device(), &mut self.store)
     }
 

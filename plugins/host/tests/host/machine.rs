@@ -8,11 +8,11 @@ use tenon_plugin_tool::{BuildOptions, build};
 use tenon_plugins::{Bundle, Device, Grants, Host, MachineParts, Plugin};
 
 /// The ports of the fixture device.
-pub const BASE: u64 = 0x500;
+pub(crate) const BASE: u64 = 0x500;
 
 /// Notes every change of a line.
 #[derive(Default)]
-pub struct Controller(pub Mutex<Vec<(u32, bool)>>);
+pub(crate) struct Controller(pub(crate) Mutex<Vec<(u32, bool)>>);
 
 impl InterruptController for Controller {
     fn set_line(&self, gsi: u32, high: bool) {
@@ -22,13 +22,13 @@ impl InterruptController for Controller {
 }
 
 /// A machine's parts.
-pub struct Machine {
-    pub parts: MachineParts,
-    pub controller: Arc<Controller>,
+pub(crate) struct Machine {
+    pub(crate) parts: MachineParts,
+    pub(crate) controller: Arc<Controller>,
 }
 
 impl Machine {
-    pub fn new(clock: Arc<Clock>) -> Self {
+    pub(crate) fn new(clock: Arc<Clock>) -> Self {
         let controller = Arc::new(Controller::default());
         let parts = MachineParts {
             pio: Bus::new(Space::Pio),
@@ -42,35 +42,35 @@ impl Machine {
     }
 
     /// A machine whose clock stands until it is moved.
-    pub fn still() -> Self {
+    pub(crate) fn still() -> Self {
         Self::new(Clock::virtual_time())
     }
 
-    pub fn read(&self, port: u64) -> u64 {
+    pub(crate) fn read(&self, port: u64) -> u64 {
         self.parts.pio.read(BASE + port, 1)
     }
 
-    pub fn write(&self, port: u64, value: u64) {
+    pub(crate) fn write(&self, port: u64, value: u64) {
         self.parts.pio.write(BASE + port, 4, value);
     }
 
     /// The levels that the controller saw.
-    pub fn levels(&self) -> Vec<(u32, bool)> {
+    pub(crate) fn levels(&self) -> Vec<(u32, bool)> {
         self.controller.0.lock().unwrap().clone()
     }
 
     /// The fixture device with these settings.
-    pub fn misdeed(&self, settings: &[(&str, &str)]) -> Arc<Device> {
+    pub(crate) fn misdeed(&self, settings: &[(&str, &str)]) -> Arc<Device> {
         misdeed().attach("misdeed0", &owned(settings), &self.parts).unwrap()
     }
 }
 
-pub fn owned(settings: &[(&str, &str)]) -> Vec<(String, String)> {
+pub(crate) fn owned(settings: &[(&str, &str)]) -> Vec<(String, String)> {
     settings.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
 }
 
 /// The directory of a built fixture: component, native library and manifest.
-pub fn fixture(name: &'static str) -> PathBuf {
+pub(crate) fn fixture(name: &'static str) -> PathBuf {
     static BUILD: Mutex<()> = Mutex::new(());
     let _one_at_a_time = BUILD.lock().unwrap();
     let scratch = Path::new(env!("CARGO_TARGET_TMPDIR"));
@@ -87,7 +87,7 @@ pub fn fixture(name: &'static str) -> PathBuf {
 }
 
 /// The host of all tests; its cache is new.
-pub fn host() -> &'static Arc<Host> {
+pub(crate) fn host() -> &'static Arc<Host> {
     static HOST: OnceLock<Arc<Host>> = OnceLock::new();
     HOST.get_or_init(|| Host::new(None).unwrap())
 }
@@ -98,18 +98,18 @@ fn misdeed_directory() -> &'static PathBuf {
 }
 
 /// The files of the misbehaving device.
-pub fn misdeed_bundle() -> Bundle {
+pub(crate) fn misdeed_bundle() -> Bundle {
     Bundle::open(misdeed_directory()).unwrap()
 }
 
 /// The misbehaving device.
-pub fn misdeed() -> &'static Arc<Plugin> {
+pub(crate) fn misdeed() -> &'static Arc<Plugin> {
     static PLUGIN: OnceLock<Arc<Plugin>> = OnceLock::new();
     PLUGIN.get_or_init(|| host().load(misdeed_bundle(), &Grants::none()).unwrap())
 }
 
 /// The personality.
-pub fn guest() -> &'static Arc<Plugin> {
+pub(crate) fn guest() -> &'static Arc<Plugin> {
     static PLUGIN: OnceLock<Arc<Plugin>> = OnceLock::new();
     PLUGIN.get_or_init(|| host().load(Bundle::open(&fixture("guest")).unwrap(), &Grants::none()).unwrap())
 }
