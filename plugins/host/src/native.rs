@@ -77,6 +77,9 @@ pub(crate) struct Native {
     table: Table,
     /// The tables live in it.
     _library: Library,
+    /// The file that it was loaded from. The loader tells libraries apart by name, and this one's is the descriptor's number: were it
+    /// closed, the next library would get the same name, and this one's code.
+    _file: std::fs::File,
 }
 
 impl Native {
@@ -127,7 +130,7 @@ impl Native {
         if found < wanted {
             return Err(NativeError::Table { kind, found, wanted });
         }
-        Ok((Self { table, _library: library }, digest))
+        Ok((Self { table, _library: library, _file: memory }, digest))
     }
 
     /// Makes a device.
