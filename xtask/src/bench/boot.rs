@@ -12,6 +12,9 @@ use crate::demo::{COMMAND_LINE, READY};
 use crate::guests::{self, Debian};
 use crate::process::{command, shown};
 
+/// How many seconds the peer may take.
+const LIMIT: &str = "60";
+
 #[derive(Serialize)]
 struct Report {
     kernel: String,
@@ -27,12 +30,15 @@ pub(super) fn run(rounds: u32) -> Result<()> {
     let (mut tenons, mut qemus) = (Vec::new(), Vec::new());
     for round in 1..=rounds {
         tenons.push(seconds_to_shell(&mut tenon_boot(&debian)?)?);
-        qemus.push(seconds_to_shell(&mut qemu_boot(&debian))?);
-        eprintln!(
-            "bench: round {round}: tenon {:.2} s, qemu {:.2} s",
-            tenons[tenons.len() - 1],
-            qemus[qemus.len() - 1]
-        );
+        match seconds_to_shell(&mut qemu_boot(&debian)) {
+            Ok(seconds) => qemus.push(seconds),
+            // QEMU 7.2's microvm now and then does not start this kernel.
+            Err(error) => eprintln!("bench: round {round}: not counted: {error:#}"),
+        }
+        eprintln!("bench: round {round}: tenon {:.2?} s, qemu {:.2?} s", tenons.last(), qemus.last());
+    }
+    if qemus.is_empty() {
+        bail!("QEMU never reached the guest's shell");
     }
     let summary = summary_of(&mut tenon_boot(&debian)?)?;
     let million = summary.instructions.unwrap_or(0) as f64 / 1e6;
@@ -72,9 +78,11 @@ fn tenon_boot(debian: &Debian) -> Result<Command> {
 }
 
 fn qemu_boot(debian: &Debian) -> Command {
-    let mut command = command("qemu-system-x86_64");
+    let mut command = command("timeout");
     command
         .args([
+            LIMIT,
+            "qemu-system-x86_64",
             "-M",
             "microvm",
             "-accel",
