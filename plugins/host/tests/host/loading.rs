@@ -93,7 +93,7 @@ fn another_api_is_refused_and_both_are_named() {
 fn damaged_components_are_refused_whatever_is_damaged() {
     let bundle = misdeed_bundle();
     let good = bundle.component().unwrap();
-    for bytes in [&[][..], b"not wasm", &good[..8], &good[..good.len() / 2], b"\0asm\x01\0\0\0"] {
+    for bytes in [&[][..], b"not wasm", &good[..7], &good[..good.len() / 2], b"\0asm\x01\0\0\0"] {
         let error = load(MANIFEST, bytes.to_vec());
         assert!(matches!(error, LoadProblem::Component(_)), "{error}");
     }

@@ -3,7 +3,7 @@
 use tenon_core::{Clock, Lifecycle};
 use tenon_plugins::{AttachError, Fault, Status};
 
-use crate::machine::{Machine, misdeed, owned};
+use crate::machine::{BASE, Machine, misdeed, owned};
 
 const MISDEEDS: [&str; 6] = ["spin", "trap", "memory", "handles", "host-calls", "stack"];
 
@@ -170,9 +170,9 @@ fn a_device_that_faults_in_restore_leaves_the_old_one_in_place() {
 fn a_flood_of_messages_is_cut() {
     let machine = Machine::still();
     let device = machine.misdeed(&[]);
-    machine.write(13, 9000);
+    machine.parts.pio.write(BASE + 13, 2, 9000);
     assert_eq!(device.usage().faults, 0);
-    machine.write(13, 20_000);
+    machine.parts.pio.write(BASE + 13, 2, 20_000);
     assert_eq!(device.usage().faults, 2, "that is more than a call may call the host");
 }
 
