@@ -122,7 +122,8 @@ fn commands(how: &How) -> Result<Vec<Command>> {
     let target = tree::target()?;
     Ok(match how {
         How::Chore(words) => {
-            let mut command = crate::process::command(std::env::current_exe()?);
+            // Not by its path: the build replaces the file.
+            let mut command = crate::process::command("/proc/self/exe");
             command.args(*words);
             vec![command]
         }
