@@ -2,6 +2,8 @@
 //!
 //! [`Fast`] knows the TLB alone; the methods of [`Cpu`] do all that an access may lead to: a page walk ([`crate::tlb`]), device registers,
 //! the local APIC, accesses across pages.
+//!
+//! Long, for the fast path, the slow path and the rules for page crossings are only right together.
 #![allow(unsafe_code, reason = "guest RAM is reached through host pointers that the TLB vouches for")]
 #![allow(
     clippy::cast_possible_truncation,

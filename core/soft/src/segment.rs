@@ -4,6 +4,8 @@
 //!
 //! Not here: hardware task switches (a far transfer to a TSS or a task gate raises #GP with its selector; 64-bit mode has none anyway)
 //! and virtual-8086 mode.
+//!
+//! Long for its one story: what a selector means in each mode, and the far transfers that load one.
 #![allow(clippy::cast_possible_truncation, reason = "descriptors are taken apart here")]
 
 use tenon_core::Segment;

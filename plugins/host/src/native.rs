@@ -1,6 +1,8 @@
 //! Native plugins: shared libraries that speak the tables of `tenon-abi`.
 //!
 //! They are trusted code: no sandbox, no deadline, no limits. What they give back is checked all the same, since a mistake should be an error and not a mystery.
+//!
+//! Long, for it is one boundary: each function of the table, with what makes the call sound.
 #![allow(unsafe_code, reason = "loads libraries and calls through their tables")]
 
 use std::ffi::c_void;

@@ -16,6 +16,8 @@
 //! The first restart is immediate; the next wait 10 ms, 20 ms and so on, on the thread of the call, whose guest notices nothing but time. More than [`FAILURES`]
 //! faults within a minute, or one if the manifest says `failure = "fail"`, mark the device failed: its lines are lowered and its timers stopped, reads give all ones,
 //! writes are ignored, and the machine goes on. A reset of the machine gives it another chance.
+//!
+//! Long for its one story: a call, its journal, the checkpoint, and the restart that replays them.
 
 use std::collections::VecDeque;
 use std::sync::Arc;

@@ -2,6 +2,8 @@
 //!
 //! This is the whole instruction set, written to be right and plain; [`crate::ops`] has fast handlers for what 64-bit code does most.
 //! [`execute`] leaves RIP alone, [`execute_last`] is for those that end a block: RIP is past the instruction when it is called.
+//!
+//! Long, for it is one list: every instruction that has no fast handler, by mnemonic.
 #![allow(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,

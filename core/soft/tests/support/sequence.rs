@@ -1,4 +1,6 @@
 //! One case: a machine state, memory, and one to fourteen instructions.
+//!
+//! Long, for the cases and how they are compared share the layout of the memory that they use.
 
 use std::collections::BTreeSet;
 use std::fmt;
