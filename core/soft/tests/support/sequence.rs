@@ -399,8 +399,12 @@ impl Builder {
                 if instruction.op0_kind() == OpKind::Register
                     && instruction.flow_control() != FlowControl::Return
                 {
-                    self.machine.gpr[instruction.op0_register().full_register().number()] = to;
-                    return true;
+                    let register = instruction.op0_register().full_register();
+                    let free = !self.pinned.contains(&register);
+                    if free {
+                        self.machine.gpr[register.number()] = to;
+                    }
+                    return free;
                 }
                 let from = match instruction.flow_control() {
                     FlowControl::Return => self.machine.gpr[4],
