@@ -1,4 +1,4 @@
-//! What is put into guest memory at each start: ACPI tables, and what the personality makes of the images.
+//! What is put into guest memory at each start: ACPI tables, the reset vector, and what the personality makes of the images.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -27,6 +27,7 @@ impl Guest {
     /// Fills guest memory, which is all zero, and says how the first vCPU begins.
     pub(crate) fn load(&self) -> Result<Boot> {
         let rsdp = tenon_platform::write_tables(&self.ram, &self.platform)?;
+        tenon_platform::write_reset_vector(&self.ram).context("writing the reset vector")?;
         self.personality.load(&self.ram, self.platform.vcpus, rsdp, &self.images)
     }
 }

@@ -11,8 +11,7 @@ use crate::process::command;
 use crate::{guests, host, plugins, tree};
 
 /// What the kernel is told: see tests/guests/linux/init for `tenon.do`.
-pub(crate) const COMMAND_LINE: &str =
-    "console=ttyS0 reboot=t panic=-1 cryptomgr.notests mitigations=off tsc=reliable";
+pub(crate) const COMMAND_LINE: &str = "console=ttyS0 panic=-1 cryptomgr.notests mitigations=off tsc=reliable";
 /// The guest says this when its shell runs.
 pub(crate) const READY: &str = "TENON-GUEST-READY";
 

@@ -16,7 +16,7 @@ use acpi_tables::{Aml, AmlSink};
 use tenon_core::Ram;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::map::{ACPI_BASE, ACPI_END};
+use crate::map::{ACPI_BASE, RESET_VECTOR};
 use crate::power::{POWER_BUTTON_GSI, POWER_PORT, POWER_PORTS, RESET_VALUE, S5};
 
 const OEM: [u8; 6] = *b"TENON ";
@@ -75,7 +75,7 @@ pub struct Platform {
 #[derive(Debug, thiserror::Error)]
 pub enum AcpiError {
     /// They are too long for their place.
-    #[error("the ACPI tables need {0} bytes; there is room for {room}", room = ACPI_END - ACPI_BASE)]
+    #[error("the ACPI tables need {0} bytes; there is room for {room}", room = RESET_VECTOR - ACPI_BASE)]
     TooLong(usize),
     /// A hardware id that is neither an EISA nor an ACPI id.
     #[error(
@@ -128,7 +128,7 @@ pub fn write_tables(ram: &Ram, platform: &Platform) -> Result<u64, AcpiError> {
     let xsdt = place(&bytecode(&xsdt));
     let rsdp = bytecode(&Rsdp::new(OEM, xsdt));
     image[..rsdp.len()].copy_from_slice(&rsdp);
-    if image.len() as u64 > ACPI_END - ACPI_BASE {
+    if image.len() as u64 > RESET_VECTOR - ACPI_BASE {
         return Err(AcpiError::TooLong(image.len()));
     }
     ram.map().write_slice(&image, GuestAddress(ACPI_BASE))?;

@@ -8,8 +8,10 @@ use tenon_core::Ram;
 pub const EBDA_BASE: u64 = 0x9_fc00;
 /// Where the ACPI tables begin; old guests look for the root pointer from here on.
 pub const ACPI_BASE: u64 = 0xe_0000;
-/// The end of the range for ACPI tables.
+/// The end of the range that is told to guests as that of the ACPI tables.
 pub const ACPI_END: u64 = 0x10_0000;
+/// Where real-mode code jumps to reset, F000:FFF0. Tables end before it.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 
 /// Where register ranges are placed that leave their place to the host. The rest of the hole below 4 GiB is kept for PCI, and for interrupt controllers at its end.
 pub const DEVICE_WINDOW: Range<u64> = 0xd000_0000..0xe000_0000;
