@@ -147,7 +147,7 @@ impl Buffers {
 
     /// `length` bytes from `offset` were written by someone else than the guest's CPUs. [`Buffers::write`] says so itself.
     pub fn written(&self, offset: u64, length: u64) {
-        let _ = (offset, length);
+        self.pieces(offset, length, |address, _, count| self.ram.written(address, count as u64));
     }
 
     /// The memory.

@@ -80,7 +80,8 @@ pub trait Vm: Send + Sync {
     fn set_dirty_log(&self, on: bool) -> Result<(), EngineError>;
 
     /// Takes the notes: guest-physical addresses of the 4 KiB pages that were written since the last call, in ascending order. A page that
-    /// was only read may be among them, a page that was written never misses.
+    /// was only read may be among them, a page that was written never misses; one that a running vCPU is writing may come with the next
+    /// call instead. What devices have written ([`Ram::written`]) is among them.
     ///
     /// # Errors
     /// The log is off, or the host refuses.

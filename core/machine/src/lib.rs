@@ -6,6 +6,7 @@
 //! | --- | --- | --- |
 //! | [`Engine`], [`Vm`], [`Vcpu`], [`Kick`] | `core/kvm`, `core/soft` | running guest code |
 //! | [`InterruptController`] | the engine | taking lines and MSIs from devices |
+//! | [`CodeWatch`] | an engine that decodes code | hearing of devices' writes to it |
 //! | [`Region`] | devices | answering register accesses |
 //! | [`Lifecycle`] | devices | reset, pause, save and restore with the machine |
 //! | [`QueueDevice`] | devices that are fed by queues | taking requests and answering them |
@@ -26,6 +27,7 @@ mod memory;
 mod port;
 mod queue;
 mod state;
+mod written;
 
 pub use bus::{Bus, BusError, Claim, Region, Space};
 pub use clock::{Clock, Timer};
@@ -38,3 +40,4 @@ pub use memory::{HIGH_BASE, LOW_END, MAX_MEMORY, MIN_MEMORY, MemoryError, Ram};
 pub use port::{FRAME_HEADER, NetworkPort, Offloads, PortInfo, PortNews};
 pub use queue::{BrokenQueue, GuestRequest, QueueDevice, QueueProfile, QueueTransport, RequestQueue};
 pub use state::{StateError, Unit, Units};
+pub use written::{CodePages, CodeWatch, DirtyLog, PartWrites, RegionWrites};

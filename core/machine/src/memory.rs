@@ -2,6 +2,8 @@
 //!
 //! Guest-physical layout: RAM from 0 up to [`LOW_END`], then the hole for memory-mapped I/O up to [`HIGH_BASE`], then the rest of RAM.
 //! The memory is taken from the host page by page when it is first touched.
+//!
+//! Whoever writes guest memory while a machine runs, and is not a vCPU, must say so: [`Ram::written`].
 
 use std::fs::File;
 use std::sync::Arc;
@@ -11,6 +13,8 @@ use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
+
+use crate::written::{CodePages, DirtyLog, RegionWrites, Writes};
 
 /// The end of RAM below 4 GiB; the addresses from here to [`HIGH_BASE`] are for memory-mapped I/O.
 pub const LOW_END: u64 = 3 << 30;
@@ -40,9 +44,10 @@ pub enum MemoryError {
 
 /// A machine's RAM.
 pub struct Ram {
-    map: GuestMemoryMmap<()>,
+    map: GuestMemoryMmap<RegionWrites>,
     file: Arc<File>,
     size: u64,
+    writes: Arc<Writes>,
 }
 
 impl Ram {
@@ -62,22 +67,24 @@ impl Ram {
             .map_err(std::io::Error::from)?;
         let file = Arc::new(File::from(fd));
         let low = size.min(LOW_END);
-        let mut regions = vec![Self::region(&file, 0, 0, low)?];
+        let writes = Writes::new(size);
+        let mut regions = vec![Self::region(&file, &writes, 0, 0, low)?];
         if size > low {
-            regions.push(Self::region(&file, low, HIGH_BASE, size - low)?);
+            regions.push(Self::region(&file, &writes, low, HIGH_BASE, size - low)?);
         }
         let map = GuestMemoryMmap::from_regions(regions).map_err(|e| MemoryError::Layout(e.to_string()))?;
-        Ok(Arc::new(Self { map, file, size }))
+        Ok(Arc::new(Self { map, file, size, writes }))
     }
 
     fn region(
         file: &Arc<File>,
+        writes: &Arc<Writes>,
         offset: u64,
         base: u64,
         size: u64,
-    ) -> Result<GuestRegionMmap<()>, MemoryError> {
+    ) -> Result<GuestRegionMmap<RegionWrites>, MemoryError> {
         let length = usize::try_from(size).map_err(|_| MemoryError::Size(size))?;
-        let mapping = MmapRegionBuilder::new(length)
+        let mapping = MmapRegionBuilder::new_with_bitmap(length, RegionWrites::new(writes, offset))
             .with_file_offset(FileOffset::from_arc(file.clone(), offset))
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
@@ -86,9 +93,10 @@ impl Ram {
             .ok_or_else(|| MemoryError::Layout("a region wraps".into()))
     }
 
-    /// The memory as `vm-memory` sees it: checked reads and writes by guest-physical address ([`vm_memory::Bytes`]).
+    /// The memory as `vm-memory` sees it: checked reads and writes by guest-physical address ([`vm_memory::Bytes`]). What is written by its
+    /// methods counts as [`Ram::written`]; what is written by pointers that it gives does not.
     #[must_use]
-    pub fn map(&self) -> &GuestMemoryMmap<()> {
+    pub fn map(&self) -> &GuestMemoryMmap<RegionWrites> {
         &self.map
     }
 
@@ -105,9 +113,51 @@ impl Ram {
     }
 
     /// The regions: guest-physical start, length, and where they are mapped in this process.
-    /// The pointers are good for as long as `self` lives; the guest changes what they point to at any time.
+    /// The pointers are good for as long as `self` lives; the guest changes what they point to at any time. Who writes by them calls
+    /// [`Ram::written`].
     pub fn regions(&self) -> impl Iterator<Item = (u64, u64, *mut u8)> + '_ {
         self.map.iter().map(|region| (region.start_addr().0, region.len(), region.as_ptr()))
+    }
+
+    /// Says that `length` bytes at guest-physical `start` were written by someone else than a vCPU: a device, or the host's kernel on its
+    /// behalf. To be called after the bytes are in memory and before the guest can learn of them (a used ring, a register, an interrupt);
+    /// for a request in many parts, after each or after all. Without it a dirty log lacks the pages, and a guest may go on executing what
+    /// was there before.
+    ///
+    /// Called on any thread; it does not wait. What of the range is not RAM is passed over.
+    #[inline]
+    pub fn written(&self, start: u64, length: u64) {
+        let end = start.saturating_add(length);
+        let low = self.size.min(LOW_END);
+        if start < low {
+            self.writes.note(start, end.min(low) - start);
+        }
+        let high = HIGH_BASE + (self.size - low);
+        if end > HIGH_BASE && start < high {
+            let from = start.max(HIGH_BASE);
+            self.writes.note(from - HIGH_BASE + low, end.min(high) - from);
+        }
+    }
+
+    /// Which pages have been written, by index ([`Ram::page_address`]). Devices' writes come here by [`Ram::written`], those of vCPUs where
+    /// their engine puts them here.
+    #[must_use]
+    pub fn dirty_log(&self) -> &DirtyLog {
+        &self.writes.log
+    }
+
+    /// For an engine that decodes code: where it notes what it has decoded. The first call makes the table.
+    #[must_use]
+    pub fn code_pages(&self) -> &Arc<CodePages> {
+        self.writes.code()
+    }
+
+    /// The guest-physical address of the page with this index, its place in the memory file in units of 4 KiB.
+    #[must_use]
+    pub fn page_address(&self, index: usize) -> u64 {
+        let offset = index as u64 * 4096;
+        let low = self.size.min(LOW_END);
+        if offset < low { offset } else { HIGH_BASE + (offset - low) }
     }
 
     /// Gives every page back to the host and so makes all of RAM zero. No vCPU is running.
@@ -123,6 +173,9 @@ impl Ram {
             self.size,
         )
         .map_err(std::io::Error::from)?;
+        if self.writes.log.is_on() {
+            self.written(0, u64::MAX);
+        }
         Ok(())
     }
 }

@@ -3,8 +3,9 @@
 //! A block is straight-line code from one page, up to a branch or an instruction that changes the CPU's mode. It is known by
 //! the guest-physical address of its first byte and the mode it was decoded for; each vCPU has its own blocks. Three ways lead to one,
 //! from fast to slow: the link of the block before it (same page only, so that the translation that was good for one is good for the
-//! other), the jump cache by linear address, and [`Cpu::find_block`], which compares the guest's bytes with those that were decoded, so
-//! that code which came by other ways than this VM's vCPUs (a device's DMA) is noticed.
+//! other), the jump cache by linear address, and [`Cpu::find_block`], which compares the guest's bytes with those that were decoded.
+//! Only the last one looks at memory; so whoever writes decoded code (a vCPU in [`crate::tlb`], a device by [`tenon_core::Ram::written`])
+//! has every vCPU forget the page before it enters another block.
 //!
 //! An instruction that crosses into the next page is a block of its own, checked against both pages and never linked to.
 //!
@@ -15,6 +16,7 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::atomic::{Ordering, fence};
 
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
 
@@ -266,18 +268,18 @@ impl Cpu {
                 block = (*block).next;
             }
             if !block.is_null() && !self.still_same(block, linear, host)? {
-                if let Some(index) = self.vm.page_index(phys) {
-                    self.forget_page(index);
-                }
-                if (*block).second != ONE_PAGE
-                    && let Some(index) = self.vm.page_index((*block).second)
-                {
-                    self.forget_page(index);
-                }
+                self.forget_pages_of(block);
                 block = std::ptr::null_mut();
             }
             if block.is_null() {
                 block = self.decode_block(linear, phys, host, mode)?;
+                // Whoever wrote the bytes before they were marked as code has told nobody.
+                fence(Ordering::SeqCst);
+                if !self.still_same(block, linear, host)? {
+                    // It was fetched while it was written, and may run, this time.
+                    self.forget_pages_of(block);
+                    return Ok(block);
+                }
             }
             if !single {
                 let context = self.blocks.context;
@@ -289,6 +291,16 @@ impl Cpu {
             }
         }
         Ok(block)
+    }
+
+    unsafe fn forget_pages_of(&mut self, block: *mut Block) {
+        // SAFETY: the caller's block is in the arena.
+        let (phys, second) = unsafe { ((*block).phys, (*block).second) };
+        for page in [phys, second] {
+            if let Some(index) = self.vm.page_index(page) {
+                self.forget_page(index);
+            }
+        }
     }
 
     /// Whether the guest's memory still holds what was decoded.

@@ -255,6 +255,8 @@ pub(crate) struct Cpu {
     pub(crate) blocks: BlockCache,
     /// Supervisor's and user's.
     pub(crate) tlbs: [Box<Tlb>; 2],
+    /// The page and granules of a store that goes past the TLB, from the look at them until the store is done: see [`Cpu::settle`].
+    pub(crate) unsettled: Option<(usize, u64)>,
     /// The instruction count that a virtual clock has seen.
     pub(crate) synced: u64,
 }

@@ -68,6 +68,7 @@ impl Cpu {
             shared: vm.vcpus[index as usize].clone(),
             vm,
             tlbs: [Tlb::new(), Tlb::new()],
+            unsettled: None,
             synced: 0,
         });
         cpu.update_mode();

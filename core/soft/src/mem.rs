@@ -237,12 +237,15 @@ impl Cpu {
         }
     }
 
-    /// Begins a read-modify-write: the host address if the whole operand is in RAM and writable (null otherwise, and then
+    /// Begins a read-modify-write, which [`Cpu::settle`] ends: the host address if the whole operand is in RAM and writable (null otherwise, and then
     /// [`Cpu::load`] and [`Cpu::store`] will not fault).
     #[inline(always)]
     pub(crate) fn for_update<T: Word>(&mut self, address: u64) -> Result<*mut u8, Trap> {
         match Fast(self).writable(address, T::SIZE) {
-            Ok(p) => Ok(p),
+            Ok(p) => {
+                self.unsettled = None;
+                Ok(p)
+            }
             Err(Trap) => self.for_update_slow(address, T::SIZE),
         }
     }
@@ -266,6 +269,7 @@ impl Cpu {
             let new = f(self, old);
             T::store(p, new);
         }
+        self.settle();
         Ok(())
     }
 
@@ -279,7 +283,9 @@ impl Cpu {
         let p = self.for_update::<T>(address)?;
         if !p.is_null() && address & (T::SIZE - 1) == 0 {
             // SAFETY: `for_update` vouches for `p`; pages are aligned in host memory as in the guest's.
-            return Ok(unsafe { exchange(p, f) });
+            let keep = unsafe { exchange(p, f) };
+            self.settle();
+            return Ok(keep);
         }
         let vm = self.vm.clone();
         let _only = vm.split_lock.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -410,7 +416,7 @@ impl Cpu {
     }
 
     /// The host address of up to `limit` bytes from `address` to its page's end for a bulk operation, and how many there are;
-    /// null where the page is not RAM.
+    /// null where the page is not RAM. After a write comes [`Cpu::settle`].
     pub(crate) fn run_of(
         &mut self,
         address: u64,
@@ -423,6 +429,9 @@ impl Cpu {
             let entry = Self::entry(self.tlb, address);
             let tag = if access == Access::Write { (*entry).write } else { (*entry).read };
             if tag == address & PAGE {
+                if access == Access::Write {
+                    self.unsettled = None;
+                }
                 return Ok((
                     std::ptr::with_exposed_provenance_mut(address.wrapping_add((*entry).addend) as usize),
                     length,
@@ -493,6 +502,7 @@ impl Cpu {
                     4 => u32::store(p, value as u32),
                     _ => u64::store(p, value),
                 }
+                self.settle();
             },
             Place::Io(phys) => self.io_write(phys, size, value),
         }

@@ -223,6 +223,7 @@ fn chunk(
                 });
             }
         }
+        cpu.settle();
         return Ok(count);
     }
     let from = cpu.segment_linear(source, si, size, false)?;
@@ -252,5 +253,6 @@ fn chunk(
             });
         }
     }
+    cpu.settle();
     Ok(count)
 }

@@ -8,12 +8,14 @@
 #![allow(clippy::cast_possible_truncation, reason = "offsets inside a page")]
 #![allow(clippy::cast_sign_loss, clippy::cast_possible_wrap, reason = "addresses are sign-extended")]
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
+
+use tenon_core::CodePages;
 
 use crate::cpu::{Cpu, Fault, efer};
 use crate::mem::Access;
 use crate::paging;
-use crate::vm::Notice;
+use crate::vm::{EV_INBOX, Notice};
 
 /// Entries per privilege.
 const ENTRIES: usize = 1024;
@@ -89,20 +91,22 @@ impl Cpu {
         };
         let host = self.vm.ram_page(index);
         let vm = &self.vm;
-        let mut code = vm.code[index].load(Ordering::SeqCst);
+        let mut code = vm.code.page(index).load(Ordering::SeqCst);
         if access == Access::Write {
             vm.mark_dirty(index);
-            if code != 0 {
-                let (first, last) = (address >> 6 & 63, (address & 0xfff).wrapping_add(size - 1) >> 6 & 63);
-                let mask = (u64::MAX >> (63 - (last - first))) << first;
-                if code & mask != 0 {
-                    self.written_code(index);
-                    code = 0;
-                }
+            if code & CodePages::granules(address, size) != 0 {
+                self.written_code(index);
+                code = 0;
             }
         }
         let write = mapping.write && code == 0 && self.vm.is_dirty_or_off(index);
+        if access == Access::Write {
+            self.unsettled = if write { None } else { Some((index, CodePages::granules(address, size))) };
+        }
         let slot = (address >> 12) as usize & (ENTRIES - 1);
+        if self.tlbs[usize::from(user)].entries[slot].write != NONE && self.owes_word() {
+            self.drop_write_tag(user, slot);
+        }
         let tlb = &mut *self.tlbs[usize::from(user)];
         tlb.entries[slot] = Entry {
             read: page,
@@ -118,14 +122,32 @@ impl Cpu {
     /// A store hits decoded code: forgets the page's blocks, here and on the other vCPUs.
     #[cold]
     fn written_code(&mut self, index: usize) {
-        self.vm.code[index].store(0, Ordering::SeqCst);
+        self.vm.code.page(index).store(0, Ordering::SeqCst);
         self.forget_page(index);
         self.vm.tell_others(self.index, Notice::CodeWritten(index));
     }
 
+    /// To be called after a store to what [`Cpu::place`] gave. Where that was no fast store, somebody may have decoded the bytes, or taken
+    /// the dirty log, between the look and the store.
+    #[inline]
+    pub(crate) fn settle(&mut self) {
+        if let Some((index, granules)) = self.unsettled.take() {
+            self.settle_page(index, granules);
+        }
+    }
+
+    #[cold]
+    fn settle_page(&mut self, index: usize, granules: u64) {
+        fence(Ordering::SeqCst);
+        self.vm.mark_dirty(index);
+        if self.vm.code.page(index).load(Ordering::Relaxed) & granules != 0 {
+            self.written_code(index);
+        }
+    }
+
     /// Notes that granules of a page have been decoded. The first time, stores to the page stop being fast on every vCPU.
     pub(crate) fn note_code(&mut self, index: usize, mask: u64) {
-        let before = self.vm.code[index].fetch_or(mask, Ordering::SeqCst);
+        let before = self.vm.code.page(index).fetch_or(mask, Ordering::SeqCst);
         if before == 0 {
             self.drop_write_tags(index);
             self.vm.tell_others(self.index, Notice::CodeDecoded(index));
@@ -144,25 +166,48 @@ impl Cpu {
                 }
             }
         }
+        if any {
+            self.vm.mark_dirty(index);
+        }
         any
     }
 
-    /// Takes fast stores away from all pages, noting in the dirty log those that had them.
+    /// Takes fast stores away from all pages, and says which had them.
     pub(crate) fn drop_all_write_tags(&mut self) {
-        for tlb in &mut self.tlbs {
+        for user in [false, true] {
             for slot in 0..ENTRIES {
-                if tlb.entries[slot].write != NONE {
-                    tlb.entries[slot].write = NONE;
-                    if let Some(index) = self.vm.page_index(tlb.shadow[slot] & PAGE) {
-                        self.vm.mark_dirty(index);
-                    }
+                if self.tlbs[usize::from(user)].entries[slot].write != NONE {
+                    self.drop_write_tag(user, slot);
                 }
             }
         }
     }
 
+    /// Takes fast stores away from a page, notes it in the dirty log, and tells the other vCPUs if one of them has decoded it meanwhile.
+    fn drop_write_tag(&mut self, user: bool, slot: usize) {
+        let tlb = &mut self.tlbs[usize::from(user)];
+        tlb.entries[slot].write = NONE;
+        if let Some(index) = self.vm.page_index(tlb.shadow[slot] & PAGE) {
+            self.vm.mark_dirty(index);
+            if self.vm.code.page(index).load(Ordering::SeqCst) != 0 {
+                self.vm.tell_others(self.index, Notice::CodeWritten(index));
+            }
+        }
+    }
+
+    /// Whether the dirty log, or another vCPU that has decoded a page, counts on this vCPU to say at the next notice which pages it may
+    /// have written: then no write tag may go unsaid before that.
+    #[inline]
+    fn owes_word(&self) -> bool {
+        fence(Ordering::SeqCst);
+        self.vm.ram.dirty_log().is_on() || self.shared.event.load(Ordering::Relaxed) & EV_INBOX != 0
+    }
+
     /// Forgets all translations.
     pub(crate) fn flush_tlb(&mut self) {
+        if self.owes_word() {
+            self.drop_all_write_tags();
+        }
         self.tlbs[0].flush();
         self.tlbs[1].flush();
         self.blocks.new_context();
@@ -170,6 +215,9 @@ impl Cpu {
 
     /// Forgets the translations that are not global.
     pub(crate) fn flush_tlb_non_global(&mut self) {
+        if self.owes_word() {
+            self.drop_all_write_tags();
+        }
         for tlb in &mut self.tlbs {
             for slot in 0..ENTRIES {
                 if tlb.shadow[slot] & GLOBAL == 0 {
@@ -183,6 +231,11 @@ impl Cpu {
     /// Forgets the translation of one page.
     pub(crate) fn flush_page(&mut self, address: u64) {
         let slot = (address >> 12) as usize & (ENTRIES - 1);
+        for user in [false, true] {
+            if self.tlbs[usize::from(user)].entries[slot].write != NONE && self.owes_word() {
+                self.drop_write_tag(user, slot);
+            }
+        }
         self.tlbs[0].entries[slot] = EMPTY;
         self.tlbs[1].entries[slot] = EMPTY;
         self.blocks.new_context();

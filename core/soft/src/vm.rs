@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use tenon_core::{
-    Activity, Bus, Claim, Clock, CpuState, Engine, EngineError, InterruptController, Kick, Ram, Region, Stop,
-    Vcpu, Vm, VmSetup,
+    Activity, Bus, Claim, Clock, CodePages, CodeWatch, CpuState, Engine, EngineError, InterruptController,
+    Kick, Ram, Region, Stop, Vcpu, Vm, VmSetup,
 };
 
 use crate::apic::Notify;
@@ -139,9 +139,7 @@ pub(crate) struct VmShared {
     pub(crate) chip: Arc<IrqChip>,
     pub(crate) vcpus: Vec<Arc<VcpuShared>>,
     /// For each page of RAM, the 64-byte granules that hold decoded code.
-    pub(crate) code: Vec<AtomicU64>,
-    dirty_on: AtomicBool,
-    dirty: Vec<AtomicU64>,
+    pub(crate) code: Arc<CodePages>,
     /// Held during a locked access that the host cannot do atomically.
     pub(crate) split_lock: Mutex<()>,
     /// Whose turn it is, when execution is by instruction count.
@@ -211,11 +209,10 @@ impl VmShared {
     pub(crate) fn phys_cas<T: crate::mem::Word>(&self, phys: u64, old: T, new: T) -> Result<T, T> {
         match self.ram_ptr(phys, T::SIZE) {
             Some(p) if phys & (T::SIZE - 1) == 0 => {
-                if let Some(index) = self.page_index(phys) {
-                    self.mark_dirty(index);
-                }
                 // SAFETY: `ram_ptr` vouches for the bytes, and they are aligned.
-                unsafe { T::cas(p, old, new) }
+                let done = unsafe { T::cas(p, old, new) };
+                self.ram.written(phys, T::SIZE);
+                done
             }
             _ => Ok(old),
         }
@@ -234,16 +231,13 @@ impl VmShared {
     /// Notes a write to a page.
     #[inline]
     pub(crate) fn mark_dirty(&self, index: usize) {
-        if self.dirty_on.load(Ordering::Relaxed) {
-            self.dirty[index / 64].fetch_or(1 << (index % 64), Ordering::SeqCst);
-        }
+        self.ram.dirty_log().mark(index);
     }
 
     /// Whether further writes to a page need no note.
     #[inline]
     pub(crate) fn is_dirty_or_off(&self, index: usize) -> bool {
-        !self.dirty_on.load(Ordering::Relaxed)
-            || self.dirty[index / 64].load(Ordering::SeqCst) >> (index % 64) & 1 != 0
+        !self.ram.dirty_log().is_on() || self.ram.dirty_log().is_marked(index)
     }
 
     /// How many vCPUs the VM has.
@@ -263,6 +257,14 @@ impl VmShared {
 
     fn tell_all(&self, notice: Notice) {
         self.tell_others(u32::MAX, notice);
+    }
+}
+
+impl CodeWatch for VmShared {
+    /// A device has written decoded code. Every vCPU looks at its notices before it enters another block.
+    fn code_written(&self, page: usize) {
+        self.code.page(page).store(0, Ordering::SeqCst);
+        self.tell_all(Notice::CodeWritten(page));
     }
 }
 
@@ -304,7 +306,6 @@ impl Engine for Soft {
             let region = (host, (length >> 12) as usize);
             if start == 0 { low = region } else { high = region }
         }
-        let pages = low.1 + high.1;
         let chip = IrqChip::new(&setup.clock, setup.vcpus);
         let claim = setup
             .mmio
@@ -323,6 +324,7 @@ impl Engine for Soft {
             chip.apic(index).set_notify(vcpu.clone());
         }
         let shared = VmShared {
+            code: setup.ram.code_pages().clone(),
             ram: setup.ram,
             low: low.0,
             low_pages: low.1,
@@ -332,23 +334,16 @@ impl Engine for Soft {
             mmio: setup.mmio,
             chip,
             vcpus,
-            code: zeroed(pages),
-            dirty_on: AtomicBool::new(false),
-            dirty: zeroed(pages.div_ceil(64)),
             split_lock: Mutex::new(()),
             turns,
             clock: setup.clock,
             active: AtomicU64::new(0),
         };
-        Ok(Arc::new(SoftVm { shared: Arc::new(shared), made: Mutex::new(0), _ioapic: claim }))
+        let shared = Arc::new(shared);
+        let watcher: Arc<dyn CodeWatch> = shared.clone();
+        shared.code.watch(Arc::downgrade(&watcher));
+        Ok(Arc::new(SoftVm { shared, made: Mutex::new(0), _ioapic: claim }))
     }
-}
-
-/// Zeros that cost no memory until they are touched.
-fn zeroed(count: usize) -> Vec<AtomicU64> {
-    let zeros = std::mem::ManuallyDrop::new(vec![0u64; count]);
-    // SAFETY: AtomicU64 has the layout of u64, and the vector is not used again. The allocator gives zeroed pages lazily for `vec![0; n]`.
-    unsafe { Vec::from_raw_parts(zeros.as_ptr().cast_mut().cast(), zeros.len(), zeros.capacity()) }
 }
 
 struct SoftVm {
@@ -402,32 +397,20 @@ impl Vm for SoftVm {
     }
 
     fn set_dirty_log(&self, on: bool) -> Result<(), EngineError> {
-        for word in self.shared.dirty.iter().filter(|word| word.load(Ordering::Relaxed) != 0) {
-            word.store(0, Ordering::SeqCst);
-        }
-        self.shared.dirty_on.store(on, Ordering::SeqCst);
+        self.shared.ram.dirty_log().set(on);
         self.shared.tell_all(Notice::DirtyLog);
         Ok(())
     }
 
     fn take_dirty_log(&self) -> Result<Vec<u64>, EngineError> {
-        if !self.shared.dirty_on.load(Ordering::SeqCst) {
+        let ram = &self.shared.ram;
+        if !ram.dirty_log().is_on() {
             return Err(EngineError::Invalid("the dirty log is off; turn it on first".into()));
         }
-        let mut pages = Vec::new();
-        for (n, word) in self.shared.dirty.iter().enumerate() {
-            if word.load(Ordering::Relaxed) == 0 {
-                continue;
-            }
-            let mut bits = word.swap(0, Ordering::SeqCst);
-            while bits != 0 {
-                pages.push(self.shared.page_address(n * 64 + bits.trailing_zeros() as usize));
-                bits &= bits - 1;
-            }
-        }
+        let pages = ram.dirty_log().take();
         // A vCPU that still has fast stores notes their pages again when it drops them.
         self.shared.tell_all(Notice::DirtyLog);
-        Ok(pages)
+        Ok(pages.into_iter().map(|page| ram.page_address(page)).collect())
     }
 }
 
@@ -440,7 +423,12 @@ unsafe impl Send for SoftVcpu {}
 
 impl Vcpu for SoftVcpu {
     fn run(&mut self) -> Result<Stop, EngineError> {
-        Ok(self.cpu.run())
+        let stop = self.cpu.run();
+        if self.cpu.vm.ram.dirty_log().is_on() {
+            // While no vCPU runs the log lacks nothing.
+            self.cpu.drop_all_write_tags();
+        }
+        Ok(stop)
     }
 
     fn state(&mut self) -> Result<CpuState, EngineError> {

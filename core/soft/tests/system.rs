@@ -5,10 +5,13 @@
     clippy::unwrap_used,
     clippy::precedence,
     missing_docs,
+    unsafe_code,
     unreachable_pub,
     reason = "a test"
 )]
 
+#[path = "system/device.rs"]
+mod device;
 #[path = "system/exceptions.rs"]
 mod exceptions;
 #[path = "system/guest.rs"]

@@ -75,6 +75,7 @@ impl Region for Ports {
 
 pub struct Guest {
     pub ram: Arc<Ram>,
+    pub pio: Arc<Bus>,
     pub clock: Arc<Clock>,
     pub vm: Arc<dyn Vm>,
     pub vcpu: Box<dyn Vcpu>,
@@ -111,7 +112,7 @@ impl Guest {
         let ports = Arc::new(Ports::default());
         assert!(ports.kick.set(vcpu.kicker()).is_ok() && ports.controller.set(vm.interrupts()).is_ok());
         let claim = pio.claim("test", NOTE as u64, 16, ports.clone()).unwrap();
-        let mut guest = Self { ram, clock, vm, vcpu, ports, _claim: claim };
+        let mut guest = Self { ram, pio, clock, vm, vcpu, ports, _claim: claim };
         guest.lay_out();
         guest
     }

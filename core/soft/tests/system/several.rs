@@ -12,11 +12,11 @@ const APIC: u64 = 0x20_0000;
 /// Where the other vCPUs start.
 const TRAMPOLINE: u64 = 0xc000;
 /// Where they go on in long mode.
-const OTHERS: u64 = 0x5_0000;
-const SHARED: u64 = 0x6_0000;
+pub const OTHERS: u64 = 0x5_0000;
+pub const SHARED: u64 = 0x6_0000;
 
 /// Makes a guest of `vcpus` whose first sends INIT and SIPI to all others; they go on at [`OTHERS`] with their APIC id in RDI and a stack.
-fn guest(clock: Arc<Clock>, vcpus: u32) -> Guest {
+pub fn guest(clock: Arc<Clock>, vcpus: u32) -> Guest {
     let mut guest = Guest::long_with(clock, vcpus);
     guest.put(DIRECTORY + 8, 0xfee0_0000u64 | 0x93);
     guest.put(0xcf00, 0x7fu16);
@@ -56,7 +56,7 @@ fn guest(clock: Arc<Clock>, vcpus: u32) -> Guest {
     guest
 }
 
-fn start_others(a: &mut CodeAssembler) -> Result<(), IcedError> {
+pub fn start_others(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.mov(dword_ptr(APIC + 0xf0), 0x1ff)?;
     for command in [0xc_4500u32, 0xc_4600 | (TRAMPOLINE >> 12) as u32, 0xc_4600 | (TRAMPOLINE >> 12) as u32] {
         a.mov(eax, command)?;
@@ -66,7 +66,7 @@ fn start_others(a: &mut CodeAssembler) -> Result<(), IcedError> {
 }
 
 /// Runs all vCPUs until the first one stops; gives the instructions that each ran.
-fn run(guest: &mut Guest, vcpus: u32) -> Vec<u64> {
+pub fn run(guest: &mut Guest, vcpus: u32) -> Vec<u64> {
     let mut others: Vec<Box<dyn Vcpu>> = (1..vcpus).map(|n| guest.vm.create_vcpu(n).unwrap()).collect();
     let kickers: Vec<_> = others.iter().map(|vcpu| vcpu.kicker()).collect();
     std::thread::scope(|scope| {
