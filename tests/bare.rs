@@ -112,6 +112,59 @@ fn a_reset_starts_the_guest_again_where_that_is_wanted() {
     assert!(outcome.stdout.starts_with("resetting\nresetting\nresetting\n"), "{}", outcome.all());
 }
 
+/// Runs a raw image on both engines.
+#[track_caller]
+fn raw_image_ends_with(image: &[u8], mode: &str, status: i32) {
+    for engine in ["soft", "kvm"] {
+        if engine == "soft" || has_kvm() {
+            let outcome = Tenon::raw(image, mode, engine).outcome();
+            assert_eq!(outcome.status, status, "{engine}: {}", outcome.all());
+        }
+    }
+}
+
+#[test]
+fn a_raw_image_runs_in_real_mode() {
+    #[rustfmt::skip]
+    let image = [
+        0xb8, 0xc0, 0x07,       // mov ax, 0x7c0
+        0x8e, 0xc0,             // mov es, ax
+        0x0f, 0x01, 0xe1,       // smsw cx
+        0x83, 0xe1, 0x01,       // and cx, 1: 0 in real mode
+        0x26, 0xa0, 0x16, 0x00, // mov al, es:[0x16]: the last byte
+        0x00, 0xc8,             // add al, cl
+        0xe6, 0xf4,             // out 0xf4, al
+        0xf4,                   // hlt
+        0xeb, 0xfd,             // jmp to hlt
+        42,
+    ];
+    raw_image_ends_with(&image, "real", 42);
+}
+
+#[test]
+fn a_raw_image_runs_in_protected_mode() {
+    #[rustfmt::skip]
+    let image = [
+        0x0f, 0x01, 0xe1,                   // smsw ecx
+        0x83, 0xe1, 0x01,                   // and ecx, 1: 1 in protected mode
+        0xa0, 0x12, 0x00, 0x10, 0x00,       // mov al, [0x100012]: the last byte
+        0x00, 0xc8,                         // add al, cl
+        0xe6, 0xf4,                         // out 0xf4, al
+        0xf4,                               // hlt
+        0xeb, 0xfd,                         // jmp to hlt
+        42,
+    ];
+    raw_image_ends_with(&image, "protected", 43);
+}
+
+#[test]
+fn the_ways_of_a_pc_to_reset_end_with_status_3() {
+    // jmp 0xf000:0xfff0
+    raw_image_ends_with(&[0xea, 0xf0, 0xff, 0x00, 0xf0], "real", 3);
+    // mov al, 0xfe; out 0x64, al; hlt; jmp to hlt
+    raw_image_ends_with(&[0xb0, 0xfe, 0xe6, 0x64, 0xf4, 0xeb, 0xfd], "real", 3);
+}
+
 #[test]
 fn a_signal_ends_a_guest_that_never_would() {
     let outcome = Tenon::bare("spin", "soft").args(["--cpus", "2"]).until("spinning\n", 1).outcome();

@@ -3,6 +3,8 @@
 use tenon_tests::{Outcome, Tenon, debian, has_kvm};
 
 const READY: &str = "TENON-GUEST-READY";
+/// The shell's prompt, at the beginning of a line.
+const PROMPT: &str = "\ntenon-guest:/# ";
 
 #[track_caller]
 fn reaches_its_shell(outcome: &Outcome) {
@@ -63,10 +65,40 @@ fn sixteen_vcpus_carry_a_load() {
 
 #[test]
 fn a_reboot_ends_with_status_3() {
-    // The last word wins: by the ACPI reset register, not by a triple fault.
-    let outcome = Tenon::debian("reboot reboot=a").outcome();
-    reaches_its_shell(&outcome);
+    let outcome = Tenon::plain_debian().typing(PROMPT, "cat /proc/cmdline; reboot -f\n").outcome();
     assert_eq!(outcome.status, 3, "{}", outcome.all());
+    assert!(outcome.stdout.contains("\nconsole=ttyS0\n"), "{}", outcome.all());
+    assert_eq!(outcome.summary["end"], "reset");
+}
+
+#[test]
+fn a_reboot_by_the_reset_register_or_the_keyboard_controller_ends_with_status_3() {
+    for way in ["acpi", "kbd"] {
+        let outcome = Tenon::debian(&format!("reboot reboot={way}")).outcome();
+        reaches_its_shell(&outcome);
+        assert_eq!(outcome.status, 3, "{way}: {}", outcome.all());
+    }
+}
+
+#[test]
+fn a_kernel_panic_ends_with_status_3() {
+    let outcome = Tenon::debian("shell").typing(PROMPT, "echo c > /proc/sysrq-trigger\n").outcome();
+    assert!(outcome.stdout.contains("Kernel panic"), "{}", outcome.all());
+    assert_eq!(outcome.status, 3, "{}", outcome.all());
+}
+
+#[test]
+fn debian_reboots_three_times_and_then_powers_off() {
+    let outcome = Tenon::plain_debian()
+        .args(["--cpus", "2", "--on-reset", "restart"])
+        .typing(PROMPT, "reboot -f\n")
+        .typing(PROMPT, "reboot -f\n")
+        .typing(PROMPT, "reboot -f\n")
+        .typing(PROMPT, "poweroff -f\n")
+        .outcome();
+    assert_eq!(outcome.status, 0, "{}", outcome.all());
+    assert_eq!(outcome.stdout.matches(READY).count(), 4, "{}", outcome.all());
+    assert_eq!(outcome.stdout.matches("cpus: 2\n").count(), 4, "{}", outcome.all());
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Runs the `tenon` command as a user would, and looks at everything that can be seen from outside: what it prints, how it ends, and what
 //! it leaves behind. `cargo xtask test` builds the command, its plugins and the guests first.
 
+use std::collections::VecDeque;
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{Read, Write};
@@ -15,8 +16,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// What Debian's kernel is told, but for what its init script shall do.
-pub const LINUX_COMMAND_LINE: &str =
-    "console=ttyS0 reboot=t panic=-1 cryptomgr.notests mitigations=off tsc=reliable";
+pub const LINUX_COMMAND_LINE: &str = "console=ttyS0 panic=-1 cryptomgr.notests mitigations=off tsc=reliable";
 
 /// How a run ended.
 #[derive(Debug)]
@@ -57,10 +57,10 @@ pub struct Tenon {
     command: Command,
     scratch: TempDir,
     limit: Duration,
-    cue: Option<Cue>,
+    cues: VecDeque<Cue>,
 }
 
-/// What is done when the guest has printed a text so many times.
+/// What is done when the guest has printed a text so many times since the cue before.
 struct Cue {
     text: String,
     times: usize,
@@ -86,7 +86,42 @@ impl Tenon {
         fs::create_dir(&temporary).expect("a temporary folder");
         let mut command = Command::new(program);
         command.arg("run").env("TMPDIR", temporary).stdin(Stdio::null()).process_group(0);
-        Self { command, scratch, limit: Duration::from_secs(120), cue: None }
+        Self { command, scratch, limit: Duration::from_secs(120), cues: VecDeque::new() }
+    }
+
+    /// The command on a host without /dev/kvm: it runs in a mount namespace of its own, with nothing in /dev. Where that is not permitted this
+    /// says that the test is not run, and returns nothing.
+    ///
+    /// # Panics
+    /// There is no `unshare` program.
+    #[must_use]
+    pub fn without_kvm(mut self) -> Option<Self> {
+        if !Path::new("/dev/kvm").exists() {
+            return Some(self);
+        }
+        let mut why = String::new();
+        // As root, or as any user that may make a user namespace.
+        for namespaces in [&["--mount"][..], &["--map-root-user", "--mount"]] {
+            let hidden = || {
+                let mut command = Command::new("unshare");
+                command.args(namespaces).args(["sh", "-c", "mount -t tmpfs none /dev && exec \"$@\"", "sh"]);
+                command
+            };
+            let trial = hidden().arg("true").output().expect("unshare starts");
+            if trial.status.success() {
+                let mut command = hidden();
+                command.arg(self.command.get_program()).args(self.command.get_args());
+                command
+                    .envs(self.command.get_envs().filter_map(|(key, value)| Some((key, value?))))
+                    .stdin(Stdio::null())
+                    .process_group(0);
+                self.command = command;
+                return Some(self);
+            }
+            why = String::from_utf8_lossy(&trial.stderr).trim_end().replace('\n', "; ");
+        }
+        println!("not run: /dev/kvm cannot be hidden: {why}");
+        None
     }
 
     /// `tenon run` with a bare guest, entered by the flat personality, on this engine.
@@ -97,22 +132,36 @@ impl Tenon {
             .arg(bare(guest))
     }
 
+    /// `tenon run` with a raw image, entered by the flat personality in `mode`, on this engine.
+    #[must_use]
+    pub fn raw(image: &[u8], mode: &str, engine: &str) -> Self {
+        let tenon = Self::run();
+        let file = tenon.file("image", image);
+        tenon
+            .args(["--personality", &format!("flat,mode={mode}"), "--device", "exit"])
+            .args(["--engine", engine, "--kernel"])
+            .arg(file)
+    }
+
     /// `tenon run` with Debian on the software engine. The init script does what `doing` says.
     ///
     /// # Panics
     /// The guest has not been made.
     #[must_use]
     pub fn debian(doing: &str) -> Self {
+        Self::plain_debian().args(["--cmdline", &format!("{LINUX_COMMAND_LINE} tenon.do={doing}")])
+    }
+
+    /// `tenon run` with Debian on the software engine and the default command line. The init script starts a shell.
+    ///
+    /// # Panics
+    /// The guest has not been made.
+    #[must_use]
+    pub fn plain_debian() -> Self {
         let kernel = debian("vmlinuz");
         assert!(kernel.is_file(), "{} is missing; run `cargo xtask guests`", kernel.display());
         Self::run()
-            .args([
-                "--engine",
-                "soft",
-                "--cmdline",
-                &format!("{LINUX_COMMAND_LINE} tenon.do={doing}"),
-                "--kernel",
-            ])
+            .args(["--engine", "soft", "--kernel"])
             .arg(kernel)
             .arg("--initrd")
             .arg(debian("initramfs.cpio.gz"))
@@ -151,18 +200,18 @@ impl Tenon {
         self
     }
 
-    /// Types `text` on the console, once the guest has printed `prompt`.
+    /// Types `text` on the console, once the guest has printed `prompt` (again, if there was a cue before).
     #[must_use]
     pub fn typing(mut self, prompt: &str, text: &str) -> Self {
         self.command.stdin(Stdio::piped());
-        self.cue = Some(Cue { text: prompt.to_owned(), times: 1, deed: Deed::Type(text.to_owned()) });
+        self.cues.push_back(Cue { text: prompt.to_owned(), times: 1, deed: Deed::Type(text.to_owned()) });
         self
     }
 
     /// Ends the command by SIGTERM, once the guest has printed `text` so many times.
     #[must_use]
     pub fn until(mut self, text: &str, times: usize) -> Self {
-        self.cue = Some(Cue { text: text.to_owned(), times, deed: Deed::Terminate });
+        self.cues.push_back(Cue { text: text.to_owned(), times, deed: Deed::Terminate });
         self
     }
 
@@ -178,23 +227,27 @@ impl Tenon {
         let mut process = self.command.spawn().expect("tenon starts");
         let group = process.id();
         let (sender, ended) = mpsc::channel();
-        let reader = |mut from: Box<dyn Read + Send>, mut cue: Option<Cue>, mut input: Option<ChildStdin>| {
-            let sender = sender.clone();
-            thread::spawn(move || {
-                let (mut text, mut bytes) = (String::new(), [0; 4096]);
-                while let Ok(count @ 1..) = from.read(&mut bytes) {
-                    text.push_str(&String::from_utf8_lossy(&bytes[..count]).replace('\r', ""));
-                    if let Some(due) = cue.take_if(|cue| text.matches(&cue.text).count() >= cue.times) {
-                        due.deed.perform(group, &mut input);
+        let reader =
+            |mut from: Box<dyn Read + Send>, mut cues: VecDeque<Cue>, mut input: Option<ChildStdin>| {
+                let sender = sender.clone();
+                thread::spawn(move || {
+                    let (mut text, mut seen, mut bytes) = (String::new(), 0, [0; 4096]);
+                    while let Ok(count @ 1..) = from.read(&mut bytes) {
+                        text.push_str(&String::from_utf8_lossy(&bytes[..count]).replace('\r', ""));
+                        if let Some(due) =
+                            cues.pop_front_if(|cue| text[seen..].matches(&cue.text).count() >= cue.times)
+                        {
+                            seen = text.len();
+                            due.deed.perform(group, &mut input);
+                        }
                     }
-                }
-                let _ = sender.send(());
-                text
-            })
-        };
+                    let _ = sender.send(());
+                    text
+                })
+            };
         let (out, err) = (process.stdout.take().expect("a pipe"), process.stderr.take().expect("a pipe"));
-        let out = reader(Box::new(out), self.cue.take(), process.stdin.take());
-        let err = reader(Box::new(err), None, None);
+        let out = reader(Box::new(out), self.cues, process.stdin.take());
+        let err = reader(Box::new(err), VecDeque::new(), None);
         let in_time = ended.recv_timeout(self.limit).is_ok() && ended.recv_timeout(self.limit).is_ok();
         if !in_time {
             let _ = process.kill();
