@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 use std::marker::PhantomData;
 
-use crate::{DeviceTable, PersonalityTable};
+use crate::{DeviceTable, PersonalityTable, StoreTable, VirtioTable};
 
 /// Bytes of somebody else, good for the duration of one call.
 #[repr(C)]
@@ -133,6 +133,24 @@ pub struct Plugin {
     pub device: Option<&'static DeviceTable>,
     /// The personality, or null.
     pub personality: Option<&'static PersonalityTable>,
+    /// The virtio device, or null.
+    pub virtio: Option<&'static VirtioTable>,
+    /// The store, or null.
+    pub store: Option<&'static StoreTable>,
+}
+
+impl Plugin {
+    /// A plugin of this version with no table yet.
+    pub const EMPTY: Self = Self {
+        magic: crate::MAGIC,
+        abi: crate::ABI_VERSION,
+        reserved: 0,
+        contract: Bytes::new(crate::CONTRACT.as_bytes()),
+        device: None,
+        personality: None,
+        virtio: None,
+        store: None,
+    };
 }
 
 #[cfg(target_pointer_width = "64")]
@@ -142,5 +160,7 @@ const _: () = {
     assert!(std::mem::offset_of!(Plugin, contract) == 16);
     assert!(std::mem::offset_of!(Plugin, device) == 32);
     assert!(std::mem::offset_of!(Plugin, personality) == 40);
-    assert!(size_of::<Plugin>() == 48);
+    assert!(std::mem::offset_of!(Plugin, virtio) == 48);
+    assert!(std::mem::offset_of!(Plugin, store) == 56);
+    assert!(size_of::<Plugin>() == 64);
 };

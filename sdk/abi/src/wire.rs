@@ -3,12 +3,15 @@
 //!
 //! Decoders take bytes from the other side of a boundary: they check everything, allocate no more than a small multiple of the input's length,
 //! and tell what is wrong.
+//!
+//! All values are in one file, though it is long: an encoder and its decoder are read together, and they share the small tools at the end.
 
 use std::fmt;
 
 use crate::{
-    AcpiNode, Boot, CpuState, Description, DeviceError, LineRequest, Machine, MemoryKind, MemoryRange,
-    PersonalityError, Region, Segment, Space, StopMethod, Table, Trigger,
+    AcpiNode, Boot, ConnectionError, CpuState, Description, DeviceError, LineRequest, Machine, MemoryKind,
+    MemoryRange, Offloads, PersonalityError, PortInfo, Queue, Region, Segment, Space, StopMethod, StoreInfo,
+    Table, Trigger, VirtioDescription,
 };
 
 /// Bytes that are not what they should be.
@@ -135,6 +138,136 @@ pub fn decode_device_error(bytes: &[u8]) -> Result<DeviceError, WireError> {
             DeviceError::Unsupported,
             DeviceError::Schema,
             DeviceError::Other,
+        ])?;
+        Ok(make(r.text()?))
+    })
+}
+
+/// Encodes a virtio device's description.
+#[must_use]
+pub fn encode_virtio_description(description: &VirtioDescription) -> Vec<u8> {
+    let VirtioDescription { device_type, features, queues, config_size, timers, channels, stores, ports } =
+        description;
+    let mut out = Writer::default();
+    out.u16(*device_type);
+    out.u64(*features);
+    out.list(queues, |out, Queue { name, max_size, head }| {
+        out.text(name);
+        out.u16(*max_size);
+        out.u16(*head);
+    });
+    out.u16(*config_size);
+    out.u32(*timers);
+    for names in [channels, stores, ports] {
+        out.list(names, |out, name| out.text(name));
+    }
+    out.0
+}
+
+/// Decodes a virtio device's description.
+///
+/// # Errors
+/// The bytes are none.
+pub fn decode_virtio_description(bytes: &[u8]) -> Result<VirtioDescription, WireError> {
+    Reader::whole("virtio description", bytes, |r| {
+        Ok(VirtioDescription {
+            device_type: r.u16()?,
+            features: r.u64()?,
+            queues: r.list(|r| Ok(Queue { name: r.text()?, max_size: r.u16()?, head: r.u16()? }))?,
+            config_size: r.u16()?,
+            timers: r.u32()?,
+            channels: r.list(Reader::text)?,
+            stores: r.list(Reader::text)?,
+            ports: r.list(Reader::text)?,
+        })
+    })
+}
+
+/// Encodes what a store is.
+#[must_use]
+pub fn encode_store_info(info: &StoreInfo) -> Vec<u8> {
+    let StoreInfo { size, block_size, optimal_size, read_only, discard, write_zeroes, identity } = info;
+    let mut out = Writer::default();
+    out.u64(*size);
+    out.u32(*block_size);
+    out.u32(*optimal_size);
+    for flag in [read_only, discard, write_zeroes] {
+        out.u8((*flag).into());
+    }
+    out.text(identity);
+    out.0
+}
+
+/// Decodes what a store is. Whether it can be that is for [`StoreInfo::check`] to say.
+///
+/// # Errors
+/// The bytes are none.
+pub fn decode_store_info(bytes: &[u8]) -> Result<StoreInfo, WireError> {
+    Reader::whole("store info", bytes, |r| {
+        Ok(StoreInfo {
+            size: r.u64()?,
+            block_size: r.u32()?,
+            optimal_size: r.u32()?,
+            read_only: r.bool()?,
+            discard: r.bool()?,
+            write_zeroes: r.bool()?,
+            identity: r.text()?,
+        })
+    })
+}
+
+/// Encodes what a network port is.
+#[must_use]
+pub fn encode_port_info(info: &PortInfo) -> Vec<u8> {
+    let PortInfo { mac, mtu, link_up, send, receive } = info;
+    let mut out = Writer::default();
+    out.0.extend(mac);
+    out.u16(*mtu);
+    out.u8((*link_up).into());
+    out.u32(send.to_bits());
+    out.u32(receive.to_bits());
+    out.0
+}
+
+/// Decodes what a network port is.
+///
+/// # Errors
+/// The bytes are none.
+pub fn decode_port_info(bytes: &[u8]) -> Result<PortInfo, WireError> {
+    Reader::whole("port info", bytes, |r| {
+        Ok(PortInfo {
+            mac: r.array()?,
+            mtu: r.u16()?,
+            link_up: r.bool()?,
+            send: Offloads::from_bits(r.u32()?),
+            receive: Offloads::from_bits(r.u32()?),
+        })
+    })
+}
+
+/// Encodes a connection's error.
+#[must_use]
+pub fn encode_connection_error(error: &ConnectionError) -> Vec<u8> {
+    let (number, text) = match error {
+        ConnectionError::NotGranted => (0, ""),
+        ConnectionError::Unreachable(text) => (1, text.as_str()),
+        ConnectionError::Closed => (2, ""),
+        ConnectionError::TimedOut => (3, ""),
+    };
+    Writer::error(number, text)
+}
+
+/// Decodes a connection's error.
+///
+/// # Errors
+/// The bytes are none.
+pub fn decode_connection_error(bytes: &[u8]) -> Result<ConnectionError, WireError> {
+    Reader::whole("connection error", bytes, |r| {
+        let make = r.one_of(&[
+            (|_| ConnectionError::NotGranted) as fn(String) -> ConnectionError,
+            ConnectionError::Unreachable,
+            |_| ConnectionError::Closed,
+            |_| ConnectionError::TimedOut,
         ])?;
         Ok(make(r.text()?))
     })
@@ -419,7 +552,11 @@ impl<'a> Reader<'a> {
         &mut self,
         read: impl FnOnce(&mut Self) -> Result<T, WireError>,
     ) -> Result<Option<T>, WireError> {
-        Ok(if self.one_of(&[false, true])? { Some(read(self)?) } else { None })
+        Ok(if self.bool()? { Some(read(self)?) } else { None })
+    }
+
+    fn bool(&mut self) -> Result<bool, WireError> {
+        self.one_of(&[false, true])
     }
 
     fn one_of<T: Copy>(&mut self, all: &[T]) -> Result<T, WireError> {

@@ -3,8 +3,8 @@
 
 use tenon_abi::wire::{self, WireError};
 use tenon_abi::{
-    Boot, CpuState, Description, DeviceError, Machine, MemoryKind, MemoryRange, PersonalityError, StopMethod,
-    Trigger,
+    Boot, ConnectionError, CpuState, Description, DeviceError, Machine, MemoryKind, MemoryRange, Offloads,
+    PersonalityError, PortInfo, StopMethod, StoreError, StoreInfo, Trigger, VirtioDescription,
 };
 
 fn description() -> Description {
@@ -40,6 +40,27 @@ fn boot() -> Boot {
     Boot { summary: "Größe".into(), vcpu, stop: StopMethod::Console(b"\x03poweroff\n".to_vec()) }
 }
 
+fn virtio() -> VirtioDescription {
+    VirtioDescription::new(2)
+        .features(1 << 6 | 1 << 63)
+        .queue("requests", 256, 16)
+        .queue("events", 1, 0)
+        .config(60)
+        .timer()
+        .channel("console")
+        .store("disk")
+        .port("net")
+}
+
+fn store() -> StoreInfo {
+    StoreInfo { discard: true, identity: "serial".into(), ..StoreInfo::new(1 << 40) }
+}
+
+fn port() -> PortInfo {
+    let send = Offloads { checksum: true, tso4: true, tso6: false };
+    PortInfo { mac: [2, 0, 0, 0, 0, 1], mtu: 1500, link_up: true, send, receive: Offloads::default() }
+}
+
 /// The value comes back; every truncation, and bytes behind it, are refused; no flipped bit panics.
 fn check<T: PartialEq + std::fmt::Debug>(
     value: &T,
@@ -69,6 +90,17 @@ fn every_compound_value_survives_and_damage_is_harmless() {
         let error = make("why".into());
         check(&error, &wire::encode_device_error(&error), wire::decode_device_error);
     }
+    check(&virtio(), &wire::encode_virtio_description(&virtio()), wire::decode_virtio_description);
+    check(&store(), &wire::encode_store_info(&store()), wire::decode_store_info);
+    check(&port(), &wire::encode_port_info(&port()), wire::decode_port_info);
+    for error in [
+        ConnectionError::NotGranted,
+        ConnectionError::Unreachable("why".into()),
+        ConnectionError::Closed,
+        ConnectionError::TimedOut,
+    ] {
+        check(&error, &wire::encode_connection_error(&error), wire::decode_connection_error);
+    }
     for make in [
         PersonalityError::NotMine,
         PersonalityError::Corrupt,
@@ -84,4 +116,40 @@ fn every_compound_value_survives_and_damage_is_harmless() {
 #[test]
 fn a_count_of_four_thousand_million_is_refused_at_once() {
     assert_eq!(wire::decode_settings(&[0xff; 4]), Err(WireError { what: "settings", offset: 4 }));
+}
+
+#[test]
+fn outcomes_and_offloads_survive_as_numbers() {
+    assert_eq!(StoreError::result(0), Ok(()));
+    for error in [
+        StoreError::OutOfRange,
+        StoreError::ReadOnly,
+        StoreError::NoSpace,
+        StoreError::Unsupported,
+        StoreError::Io,
+    ] {
+        assert_eq!(StoreError::result(StoreError::number_of(Err(error))), Err(error));
+    }
+    assert_eq!(StoreError::result(77), Err(StoreError::Io), "an unknown outcome was taken for a success");
+    for bits in 0..8 {
+        assert_eq!(Offloads::from_bits(bits).to_bits(), bits);
+    }
+}
+
+#[test]
+fn a_store_that_cannot_be_is_told_apart() {
+    assert_eq!(store().check(), Ok(()));
+    let wrong = [
+        StoreInfo { block_size: 0, ..store() },
+        StoreInfo { block_size: 256, ..store() },
+        StoreInfo { block_size: 768, ..store() },
+        StoreInfo { size: 513, ..store() },
+        StoreInfo { optimal_size: 0, ..store() },
+        StoreInfo { optimal_size: 700, ..store() },
+        StoreInfo { identity: "a".repeat(21), ..store() },
+        StoreInfo { identity: "ü".into(), ..store() },
+    ];
+    for info in wrong {
+        assert!(info.check().is_err(), "{info:?}");
+    }
 }

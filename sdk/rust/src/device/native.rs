@@ -3,10 +3,7 @@
 
 use std::ffi::c_void;
 
-use tenon_abi::{
-    ABI_VERSION, Bytes, CONTRACT, DeviceHost, DeviceTable, Level, MAGIC, Plugin, Request, SavedState, Sink,
-    Status, wire,
-};
+use tenon_abi::{Bytes, DeviceHost, DeviceTable, Level, Plugin, Request, SavedState, Sink, Status, wire};
 
 use super::{Config, Device, Error, Result, hosted};
 use crate::native::{answer, guard};
@@ -14,14 +11,7 @@ use crate::native::{answer, guard};
 /// The plugin that [`crate::export_device!`] exports.
 #[must_use]
 pub const fn plugin(table: &'static DeviceTable) -> Plugin {
-    Plugin {
-        magic: MAGIC,
-        abi: ABI_VERSION,
-        reserved: 0,
-        contract: Bytes::new(CONTRACT.as_bytes()),
-        device: Some(table),
-        personality: None,
-    }
+    Plugin { device: Some(table), ..Plugin::EMPTY }
 }
 
 /// The table of a device.

@@ -3,9 +3,7 @@
 
 use std::ffi::c_void;
 
-use tenon_abi::{
-    ABI_VERSION, Bytes, CONTRACT, Level, MAGIC, PersonalityHost, PersonalityTable, Plugin, Sink, Status, wire,
-};
+use tenon_abi::{Bytes, Level, PersonalityHost, PersonalityTable, Plugin, Sink, Status, wire};
 
 use super::{Config, Error, Personality, Result, hosted};
 use crate::native::{answer, guard};
@@ -13,14 +11,7 @@ use crate::native::{answer, guard};
 /// The plugin that [`crate::export_personality!`] exports.
 #[must_use]
 pub const fn plugin(table: &'static PersonalityTable) -> Plugin {
-    Plugin {
-        magic: MAGIC,
-        abi: ABI_VERSION,
-        reserved: 0,
-        contract: Bytes::new(CONTRACT.as_bytes()),
-        device: None,
-        personality: Some(table),
-    }
+    Plugin { personality: Some(table), ..Plugin::EMPTY }
 }
 
 /// The table of a personality.

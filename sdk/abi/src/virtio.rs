@@ -1,0 +1,312 @@
+//! Virtio devices of `tenon:device`: their records, and the two tables of a native virtio device.
+//!
+//! What is called for every batch of requests passes arrays of plain records by pointer and count; nothing is encoded there.
+
+use std::ffi::c_void;
+
+use crate::{Bytes, Sink, Status, StoreError};
+
+/// The name of a request in every call about it, until it is completed. Handles are not reused before 2^32 requests.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Handle(pub u32);
+
+/// One virtqueue.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Queue {
+    /// The name in listings and errors, such as `requests` or `rx0`.
+    pub name: String,
+    /// The most entries that the driver may give it: 1 to 32768; a power of two, since a split queue must have one.
+    pub max_size: u16,
+    /// How many of the first readable bytes come with each request: 0 to 256.
+    pub head: u16,
+}
+
+/// Everything that a virtio device is and needs. The index of a queue, timer, channel, store or port is the number that later calls name it by.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VirtioDescription {
+    /// The virtio device type (virtio 1.2 §5), such as 1 for network, 2 for block.
+    pub device_type: u16,
+    /// The device-specific feature bits that it offers (0 to 23, and 50 to 63). Those of queues and transport are the host's.
+    pub features: u64,
+    /// The virtqueues, 1 to 256.
+    pub queues: Vec<Queue>,
+    /// The length of the configuration space in bytes: 0 to 4096.
+    pub config_size: u16,
+    /// How many one-shot or periodic timers.
+    pub timers: u32,
+    /// The names of byte channels to the outside.
+    pub channels: Vec<String>,
+    /// The names of the backing stores that it works on, such as `disk`.
+    pub stores: Vec<String>,
+    /// The names of its network ports.
+    pub ports: Vec<String>,
+}
+
+impl VirtioDescription {
+    /// A device of this type that offers and needs nothing yet.
+    #[must_use]
+    pub fn new(device_type: u16) -> Self {
+        Self { device_type, ..Self::default() }
+    }
+
+    /// Offers these feature bits too.
+    #[must_use]
+    pub fn features(mut self, bits: u64) -> Self {
+        self.features |= bits;
+        self
+    }
+
+    /// Adds a virtqueue of at most `max_size` entries, whose requests come with their first `head` readable bytes.
+    #[must_use]
+    pub fn queue(mut self, name: &str, max_size: u16, head: u16) -> Self {
+        self.queues.push(Queue { name: name.to_owned(), max_size, head });
+        self
+    }
+
+    /// Has a configuration space of `size` bytes.
+    #[must_use]
+    pub fn config(mut self, size: u16) -> Self {
+        self.config_size = size;
+        self
+    }
+
+    /// Adds a timer.
+    #[must_use]
+    pub fn timer(mut self) -> Self {
+        self.timers = self.timers.saturating_add(1);
+        self
+    }
+
+    /// Adds a byte channel to the outside.
+    #[must_use]
+    pub fn channel(mut self, name: &str) -> Self {
+        self.channels.push(name.to_owned());
+        self
+    }
+
+    /// Adds a backing store.
+    #[must_use]
+    pub fn store(mut self, name: &str) -> Self {
+        self.stores.push(name.to_owned());
+        self
+    }
+
+    /// Adds a network port.
+    #[must_use]
+    pub fn port(mut self, name: &str) -> Self {
+        self.ports.push(name.to_owned());
+        self
+    }
+}
+
+/// A request that the driver made available: a readable part, and after it a writable part.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RequestRecord {
+    /// The name of the request.
+    pub handle: Handle,
+    /// The length of the readable part in bytes.
+    pub readable: u32,
+    /// The length of the writable part in bytes.
+    pub writable: u32,
+    /// How many of the bytes that came with the batch belong to this request: the queue's `head`, or fewer when the readable part is shorter.
+    pub head: u32,
+}
+
+/// The end of a request.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The request.
+    pub request: Handle,
+    /// How many bytes at the start of the writable part now hold the answer.
+    pub written: u32,
+}
+
+/// The outcome of an operation on a store.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OperationDone {
+    /// The request that named the operation. It still waits to be completed.
+    pub request: Handle,
+    /// 0 if the operation succeeded, or the number of a [`StoreError`].
+    pub error: u32,
+}
+
+impl OperationDone {
+    /// The outcome of the operation that `request` named.
+    #[must_use]
+    pub const fn new(request: Handle, result: Result<(), StoreError>) -> Self {
+        Self { request, error: StoreError::number_of(result) }
+    }
+
+    /// What the operation came to.
+    ///
+    /// # Errors
+    /// It failed.
+    pub const fn result(self) -> Result<(), StoreError> {
+        StoreError::result(self.error)
+    }
+}
+
+/// What a driver on one side of a network port leaves to the other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Offloads {
+    /// Checksums are left to be filled in.
+    pub checksum: bool,
+    /// TCP over IPv4 comes in segments of up to 64 KiB.
+    pub tso4: bool,
+    /// TCP over IPv6 comes in segments of up to 64 KiB.
+    pub tso6: bool,
+}
+
+impl Offloads {
+    /// The offloads as the bits of a number, in the order of the fields.
+    #[must_use]
+    pub const fn to_bits(self) -> u32 {
+        self.checksum as u32 | (self.tso4 as u32) << 1 | (self.tso6 as u32) << 2
+    }
+
+    /// The offloads of these bits. Others are passed over.
+    #[must_use]
+    pub const fn from_bits(bits: u32) -> Self {
+        Self { checksum: bits & 1 != 0, tso4: bits & 2 != 0, tso6: bits & 4 != 0 }
+    }
+}
+
+/// What a network port is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortInfo {
+    /// The MAC address of the guest's side.
+    pub mac: [u8; 6],
+    /// The largest frame payload in bytes: 68 to 65535.
+    pub mtu: u16,
+    /// Whether the link is up.
+    pub link_up: bool,
+    /// What the outside can be given.
+    pub send: Offloads,
+    /// What the outside can give, once the driver accepts it.
+    pub receive: Offloads,
+}
+
+table! {
+    /// What the host offers a virtio device. Names follow the rule of [`crate::DeviceHost`]. An index of a timer, channel, store or port that the
+    /// device was not given does nothing. A misdeed that ends the instance by the WIT, such as a handle that the device does not hold, changes nothing
+    /// and returns 0; the host ends the instance when the call into it has returned.
+    pub struct VirtioHost {
+        /// Logs one message; `level` is a [`crate::Level`] as number, the message is UTF-8.
+        log_log: fn(context: *mut c_void, level: u32, message: Bytes<'_>);
+        /// Nanoseconds of the machine's clock.
+        time_now: fn(context: *mut c_void) -> u64;
+        /// Fires once at `deadline`.
+        timer_arm: fn(context: *mut c_void, timer: u32, deadline: u64);
+        /// Fires at `first`, then every `period` nanoseconds.
+        timer_arm_periodic: fn(context: *mut c_void, timer: u32, first: u64, period: u64);
+        /// Stops the timer.
+        timer_cancel: fn(context: *mut c_void, timer: u32);
+        /// Nanoseconds since 1970-01-01 00:00:00 UTC.
+        wall_clock_now: fn(context: *mut c_void) -> u64;
+        /// Gives bytes to the outside; returns how many were taken.
+        channel_write: fn(context: *mut c_void, channel: u32, bytes: Bytes<'_>) -> u32;
+        /// Copies at most `max` bytes that came from the outside to `buffer`, which has room for them; returns how many.
+        channel_read: fn(context: *mut c_void, channel: u32, buffer: *mut u8, max: u32) -> u32;
+        /// Copies at most `length` bytes of the readable part from `offset` to `buffer`, which has room for them; returns how many.
+        requests_read: fn(context: *mut c_void, request: Handle, offset: u32, length: u32, buffer: *mut u8) -> u32;
+        /// Copies bytes into the writable part; returns how many fitted.
+        requests_write: fn(context: *mut c_void, request: Handle, offset: u32, bytes: Bytes<'_>) -> u32;
+        /// Completes `count` requests, in this order.
+        requests_complete: fn(context: *mut c_void, answers: *const Answer, count: u32);
+        /// Moves bytes of the readable part to the outside; returns how many were taken.
+        requests_to_channel: fn(context: *mut c_void, request: Handle, offset: u32, length: u32, channel: u32) -> u32;
+        /// Moves bytes from the outside into the writable part; returns how many there were.
+        requests_from_channel: fn(context: *mut c_void, request: Handle, offset: u32, length: u32, channel: u32) -> u32;
+        /// As in the WIT.
+        requests_config_changed: fn(context: *mut c_void);
+        /// As in the WIT.
+        requests_needs_reset: fn(context: *mut c_void);
+        /// The sink gets the encoded [`crate::StoreInfo`] ([`crate::wire::encode_store_info`]).
+        store_info: fn(context: *mut c_void, store: u32, output: Sink);
+        /// As in the WIT.
+        store_read: fn(context: *mut c_void, store: u32, request: Handle, offset: u32, length: u32, position: u64, success: Bytes<'_>);
+        /// As in the WIT.
+        store_write: fn(context: *mut c_void, store: u32, request: Handle, offset: u32, length: u32, position: u64, success: Bytes<'_>);
+        /// As in the WIT.
+        store_flush: fn(context: *mut c_void, store: u32, request: Handle, success: Bytes<'_>);
+        /// As in the WIT.
+        store_discard: fn(context: *mut c_void, store: u32, request: Handle, position: u64, length: u64, success: Bytes<'_>);
+        /// As in the WIT; `unmap` is 0 or 1.
+        store_write_zeroes: fn(context: *mut c_void, store: u32, request: Handle, position: u64, length: u64, unmap: u32, success: Bytes<'_>);
+        /// The sink gets the encoded [`PortInfo`] ([`crate::wire::encode_port_info`]).
+        port_info: fn(context: *mut c_void, port: u32, output: Sink);
+        /// What the driver accepts, as [`Offloads::to_bits`].
+        port_accept: fn(context: *mut c_void, port: u32, offloads: u32);
+        /// Sends the readable parts of `count` requests as frames, and completes them.
+        port_send: fn(context: *mut c_void, port: u32, requests: *const Handle, count: u32);
+        /// The lengths of the first frames that wait go to `lengths`, which has room for `max`; returns how many.
+        port_waiting: fn(context: *mut c_void, port: u32, max: u32, lengths: *mut u32) -> u32;
+        /// Takes `frames` frames into requests: `counts` has an entry for each frame, `requests` their sum.
+        port_receive: fn(context: *mut c_void, port: u32, counts: *const u16, frames: u32, requests: *const Handle, count: u32);
+        /// Fills a part of the writable part with random bytes; returns how many.
+        entropy_fill: fn(context: *mut c_void, request: Handle, offset: u32, length: u32) -> u32;
+        /// As in the WIT.
+        guest_pages_release_numbered: fn(context: *mut c_void, request: Handle) -> u32;
+        /// As in the WIT.
+        guest_pages_release_own: fn(context: *mut c_void, request: Handle) -> u32;
+        /// As in the WIT.
+        guest_pages_memory_size: fn(context: *mut c_void) -> u64;
+        /// Not in the WIT: the plugin panicked with this text (UTF-8) in the call that is about to return [`Status::TRAPPED`].
+        panicked: fn(context: *mut c_void, message: Bytes<'_>);
+    }
+}
+
+table! {
+    /// What a virtio device does. Each function but `create` takes the instance that `create` returned.
+    pub struct VirtioTable {
+        /// Not in the WIT: makes an instance, or returns null. `host` and `context` are good until `destroy` has returned.
+        create: fn(host: *const VirtioHost, context: *mut c_void) -> *mut c_void;
+        /// Not in the WIT: ends an instance, also one that trapped. It may still call the host.
+        destroy: fn(instance: *mut c_void);
+        /// `config` is encoded settings ([`crate::wire::encode_settings`]); the sink gets the description
+        /// ([`crate::wire::encode_virtio_description`]), or the error.
+        describe: fn(instance: *mut c_void, config: Bytes<'_>, output: Sink) -> Status;
+        /// How many timers, channels, stores and ports were granted: all that the description asked for. The sink gets the error, if any.
+        start: fn(instance: *mut c_void, timers: u32, channels: u32, stores: u32, ports: u32, output: Sink) -> Status;
+        /// The sink gets the error, if any.
+        activate: fn(instance: *mut c_void, features: u64, output: Sink) -> Status;
+        /// The value goes to `value`.
+        config_read: fn(instance: *mut c_void, offset: u32, size: u32, value: *mut u64) -> Status;
+        /// As in the WIT.
+        config_write: fn(instance: *mut c_void, offset: u32, size: u32, value: u64) -> Status;
+        /// `count` requests of queue number `queue`, and their first readable bytes, one after the other.
+        requests_ready: fn(instance: *mut c_void, queue: u32, requests: *const RequestRecord, count: u32, heads: Bytes<'_>) -> Status;
+        /// `count` outcomes.
+        operations_done: fn(instance: *mut c_void, done: *const OperationDone, count: u32) -> Status;
+        /// As in the WIT.
+        port_ready: fn(instance: *mut c_void, port: u32) -> Status;
+        /// As in the WIT.
+        port_changed: fn(instance: *mut c_void, port: u32) -> Status;
+        /// As in the WIT.
+        store_changed: fn(instance: *mut c_void, store: u32) -> Status;
+        /// As in the WIT.
+        channel_readable: fn(instance: *mut c_void, channel: u32) -> Status;
+        /// As in the WIT.
+        channel_writable: fn(instance: *mut c_void, channel: u32) -> Status;
+        /// As in the WIT.
+        timer_fired: fn(instance: *mut c_void, timer: u32) -> Status;
+        /// Key and value are UTF-8. The sink gets the error, if any.
+        adjust: fn(instance: *mut c_void, key: Bytes<'_>, value: Bytes<'_>, output: Sink) -> Status;
+        /// As in the WIT.
+        reset: fn(instance: *mut c_void) -> Status;
+        /// The schema goes to `schema`, the data to the sink; or the error.
+        save: fn(instance: *mut c_void, schema: *mut u32, output: Sink) -> Status;
+        /// The sink gets the error, if any.
+        restore: fn(instance: *mut c_void, schema: u32, data: Bytes<'_>, output: Sink) -> Status;
+    }
+}
+
+// Layouts that both sides rely on.
+const _: () = {
+    assert!(size_of::<RequestRecord>() == 16 && align_of::<RequestRecord>() == 4);
+    assert!(size_of::<Answer>() == 8 && size_of::<OperationDone>() == 8 && size_of::<Handle>() == 4);
+};
