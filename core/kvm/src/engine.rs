@@ -50,12 +50,7 @@ impl Kvm {
     /// There is no such device, it may not be opened, or it is too old. The text says what to do.
     pub fn new() -> Result<Self, EngineError> {
         let fd = kvm_ioctls::Kvm::new().map_err(|error| refused(error.into()))?;
-        let version = fd.get_api_version();
-        if version != API_VERSION {
-            return Err(EngineError::Invalid(format!(
-                "{DEVICE} speaks version {version} of the KVM API; this engine speaks {API_VERSION}"
-            )));
-        }
+        check_version(fd.get_api_version())?;
         let missing: Vec<_> =
             NEEDED.iter().filter(|(cap, _)| !fd.check_extension(*cap)).map(|(_, name)| *name).collect();
         if !missing.is_empty() {
@@ -96,6 +91,17 @@ impl Engine for Kvm {
     }
 }
 
+/// Looks at the device's answer to the question for its version. A negative one is a refusal: what else can be opened under that name does not know the question.
+fn check_version(version: i32) -> Result<(), EngineError> {
+    match version {
+        API_VERSION => Ok(()),
+        ..0 => Err(EngineError::Invalid(format!("{DEVICE} is not a KVM device"))),
+        _ => Err(EngineError::Invalid(format!(
+            "{DEVICE} speaks version {version} of the KVM API; this engine speaks {API_VERSION}"
+        ))),
+    }
+}
+
 /// Says what a refusal to open the device means and what to do about it.
 fn refused(error: io::Error) -> EngineError {
     let why = match error.raw_os_error() {
@@ -118,6 +124,13 @@ fn refused(error: io::Error) -> EngineError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_does_not_know_kvms_question_is_no_kvm_device() {
+        let says = |version| check_version(version).unwrap_err().to_string();
+        assert!(says(-1).contains("/dev/kvm is not a KVM device"), "{}", says(-1));
+        assert!(says(11).contains("11") && says(11).contains("12"), "{}", says(11));
+    }
 
     #[test]
     fn a_refusal_says_what_to_do() {

@@ -5,10 +5,10 @@
 //! everything is bounded.
 
 use std::borrow::Cow;
-use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::{Component, Path, PathBuf};
 
+use crate::files::{open_regular, quoted, read_bounded};
 use crate::manifest::{Manifest, ManifestError, Version};
 
 /// The largest `plugin.toml`.
@@ -66,11 +66,11 @@ pub enum BundleError {
     #[error("{0}: there is neither `plugin.wasm` nor `plugin.so` beside `plugin.toml`")]
     Empty(String),
     /// No place has it.
-    #[error("there is no plugin `{id}`; there are {known} (searched: {searched})")]
+    #[error("there is no plugin `{id}`; {known} (searched: {searched})")]
     Unknown {
-        /// The id asked for.
+        /// The id asked for, cut if it is long.
         id: String,
-        /// The ids there are, for people.
+        /// The ids there are, or how to say that a path is meant, for people.
         known: String,
         /// The places.
         searched: String,
@@ -110,10 +110,10 @@ impl Bundle {
 
     fn directory(path: &Path) -> Result<Self, BundleError> {
         let toml = path.join("plugin.toml");
-        let text = read_bounded(&toml, MAX_MANIFEST)?;
+        let text = read(&toml, MAX_MANIFEST)?;
         let manifest = parse_manifest(&toml.display().to_string(), text)?;
         let wasm = path.join("plugin.wasm");
-        let wasm = if wasm.exists() { Some(read_bounded(&wasm, MAX_CODE)?.into()) } else { None };
+        let wasm = if wasm.exists() { Some(read(&wasm, MAX_CODE)?.into()) } else { None };
         let native = Some(path.join("plugin.so")).filter(|path| path.exists()).map(NativeFile::Path);
         let origin = path.display().to_string();
         if wasm.is_none() && native.is_none() {
@@ -124,14 +124,7 @@ impl Bundle {
 
     fn archive_file(path: &Path) -> Result<Self, BundleError> {
         let origin = path.display().to_string();
-        let io = |source| BundleError::Io { path: origin.clone(), source };
-        let file = File::open(path).map_err(io)?;
-        if !file.metadata().map_err(io)?.is_file() {
-            return Err(BundleError::Archive {
-                origin,
-                what: "this is neither a plugin directory nor a file".into(),
-            });
-        }
+        let file = open_regular(path).map_err(|source| BundleError::Io { path: origin.clone(), source })?;
         Self::archive(&origin, file)
     }
 
@@ -141,27 +134,33 @@ impl Bundle {
     /// It cannot be read, is not a plugin, or tries to reach outside itself.
     pub fn archive(origin: &str, input: impl Read) -> Result<Self, BundleError> {
         let wrong = |what: String| BundleError::Archive { origin: origin.to_owned(), what };
+        // The reader's own words would repeat what is in the file, which may be any file.
+        let no_archive = |error: io::Error| {
+            wrong(match error.kind() {
+                io::ErrorKind::UnexpectedEof => "this archive ends in the middle".into(),
+                _ => "this is not a `.tenon` archive: a tar file with `plugin.toml` at its top".into(),
+            })
+        };
         // The whole input is bounded as well: a header may promise any size.
         let mut archive = tar::Archive::new(input.take(3 * MAX_CODE));
         let (mut manifest, mut wasm, mut native) = (None, None, None);
-        let entries = archive.entries().map_err(|e| wrong(format!("not a tar archive: {e}")))?;
+        let entries = archive.entries().map_err(no_archive)?;
         for (count, entry) in entries.enumerate() {
-            let mut entry = entry.map_err(|e| wrong(format!("not a tar archive: {e}")))?;
+            let mut entry = entry.map_err(no_archive)?;
             if count >= MAX_ENTRIES {
                 return Err(wrong(format!("there are more than {MAX_ENTRIES} entries")));
             }
-            let path =
-                entry.path().map_err(|e| wrong(format!("an entry's path cannot be read: {e}")))?.into_owned();
+            let path = entry.path().map_err(no_archive)?.into_owned();
+            let shown = quoted(&path.to_string_lossy());
             if path.components().any(|part| !matches!(part, Component::Normal(_) | Component::CurDir)) {
-                return Err(wrong(format!("the path `{}` leads outside the archive", path.display())));
+                return Err(wrong(format!("the path `{shown}` leads outside the archive")));
             }
             match entry.header().entry_type() {
                 tar::EntryType::Directory => continue,
                 tar::EntryType::Regular => {}
                 other => {
                     return Err(wrong(format!(
-                        "`{}` is a {other:?}; only files and directories are accepted",
-                        path.display()
+                        "`{shown}` is a {other:?}; only files and directories are accepted"
                     )));
                 }
             }
@@ -173,19 +172,16 @@ impl Bundle {
                 _ => continue,
             };
             if slot.is_some() {
-                return Err(wrong(format!("`{}` is there twice", name.display())));
+                return Err(wrong(format!("`{shown}` is there twice")));
             }
             let size = entry.size();
             if size > most {
-                return Err(wrong(format!(
-                    "`{}` has {size} bytes; at most {most} are accepted",
-                    name.display()
-                )));
+                return Err(wrong(format!("`{shown}` has {size} bytes; at most {most} are accepted")));
             }
             let mut bytes = Vec::new();
-            entry.read_to_end(&mut bytes).map_err(|e| wrong(format!("reading `{}`: {e}", name.display())))?;
+            entry.read_to_end(&mut bytes).map_err(|e| wrong(format!("reading `{shown}`: {e}")))?;
             if bytes.len() as u64 != size {
-                return Err(wrong(format!("`{}` ends in the middle", name.display())));
+                return Err(wrong(format!("`{shown}` ends in the middle")));
             }
             *slot = Some(bytes);
         }
@@ -211,14 +207,8 @@ fn parse_manifest(origin: &str, bytes: Vec<u8>) -> Result<Manifest, BundleError>
     Ok(Manifest::parse(origin, &text)?)
 }
 
-fn read_bounded(path: &Path, most: u64) -> Result<Vec<u8>, BundleError> {
-    let io = |source| BundleError::Io { path: path.display().to_string(), source };
-    let mut bytes = Vec::new();
-    File::open(path).and_then(|file| file.take(most + 1).read_to_end(&mut bytes)).map_err(io)?;
-    if bytes.len() as u64 > most {
-        return Err(io(std::io::Error::other(format!("larger than {most} bytes"))));
-    }
-    Ok(bytes)
+fn read(path: &Path, most: u64) -> Result<Vec<u8>, BundleError> {
+    read_bounded(path, most).map_err(|source| BundleError::Io { path: path.display().to_string(), source })
 }
 
 /// What is in a directory: names and paths. Nothing, if it cannot be read.
@@ -282,7 +272,9 @@ impl Catalog {
         if id.contains('/') || id.ends_with(".tenon") {
             return Bundle::open(Path::new(id));
         }
-        for directory in &self.directories {
+        // A name of a plugin and not of a folder's parent or of the folder itself.
+        let directories = if matches!(id, "" | "." | "..") { &[] } else { &*self.directories };
+        for directory in directories {
             if directory.join(id).join("plugin.toml").exists() {
                 return Bundle::open(&directory.join(id));
             }
@@ -298,9 +290,16 @@ impl Catalog {
             return Bundle::embedded(&carried.manifest, carried.wasm.clone());
         }
         let known = self.ids();
+        let known = if !id.is_empty() && Path::new(id).exists() {
+            format!("if you mean the one in this folder, write `./{id}`")
+        } else if known.is_empty() {
+            "there are none".into()
+        } else {
+            format!("there are `{}`", known.join("`, `"))
+        };
         Err(BundleError::Unknown {
-            id: id.to_owned(),
-            known: if known.is_empty() { "none".into() } else { format!("`{}`", known.join("`, `")) },
+            id: quoted(id),
+            known,
             searched: self
                 .directories
                 .iter()

@@ -43,17 +43,14 @@ enum Content {
 }
 
 impl Image {
-    /// Opens a file.
+    /// Opens a file. It does not wait, as it would for the other end of a FIFO.
     ///
     /// # Errors
     /// It cannot be opened, or is not a regular file.
     pub fn open(role: &str, path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
-        let meta = file.metadata()?;
-        if !meta.is_file() {
-            return Err(io::Error::other("this is not a regular file"));
-        }
-        Ok(Self { role: role.to_owned(), size: meta.len(), content: Content::File(Arc::new(file)) })
+        let file = crate::files::open_regular(path)?;
+        let size = file.metadata()?.len();
+        Ok(Self { role: role.to_owned(), size, content: Content::File(Arc::new(file)) })
     }
 
     /// An image in memory.

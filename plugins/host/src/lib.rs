@@ -41,6 +41,7 @@ mod channel;
 mod contract;
 mod device;
 mod fault;
+mod files;
 mod guest;
 mod host;
 mod instance;

@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use crate::files::quoted;
+
 /// The version of the contract that this host offers.
 pub const HOST_API: Version = Version { major: 0, minor: 1, patch: 0 };
 
@@ -202,7 +204,7 @@ pub enum SettingError {
         plugin: String,
         /// The key.
         key: String,
-        /// The value.
+        /// The value, cut if it is long.
         value: String,
         /// What is wrong and what would be right.
         wrong: String,
@@ -372,13 +374,13 @@ impl Manifest {
         for (key, value) in given {
             let schema = self.config.get(key).ok_or_else(|| SettingError::UnknownKey {
                 plugin: self.id.clone(),
-                key: key.clone(),
+                key: quoted(key),
                 known: self.known_keys(),
             })?;
             schema.check(value).map_err(|wrong| SettingError::Value {
                 plugin: self.id.clone(),
                 key: key.clone(),
-                value: value.clone(),
+                value: quoted(value),
                 wrong,
                 known: self.known_keys(),
             })?;
@@ -413,9 +415,11 @@ impl SettingSchema {
             {
                 Ok(())
             }
-            SettingType::Boolean => Err(format!("`{value}` is neither `true` nor `false`")),
+            SettingType::Boolean => Err(format!("`{}` is neither `true` nor `false`", quoted(value))),
             SettingType::Choice if self.choices.iter().any(|choice| choice == value) => Ok(()),
-            SettingType::Choice => Err(format!("`{value}` is none of `{}`", self.choices.join("`, `"))),
+            SettingType::Choice => {
+                Err(format!("`{}` is none of `{}`", quoted(value), self.choices.join("`, `")))
+            }
         }
     }
 }
@@ -439,7 +443,9 @@ fn parse_integer(text: &str) -> Result<i128, String> {
         }
         (None, None) => digits(&plain, 10).map(i128::from),
     };
-    number.ok_or_else(|| format!("`{text}` is not a number of 64 bits; write it as `1016` or `0x3f8`"))
+    number.ok_or_else(|| {
+        format!("`{}` is not a number of 64 bits; write it as `1016` or `0x3f8`", quoted(text))
+    })
 }
 
 /// A number of bytes with an optional unit: `K`, `KiB`, `M`, `MiB`, `G`, `GiB`, all of them powers of 1024.
@@ -454,5 +460,5 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
         _ => None,
     };
     let size = digits.parse::<u64>().ok().zip(shift).and_then(|(n, shift)| n.checked_mul(1 << shift));
-    size.ok_or_else(|| format!("`{text}` is not a size; write it as `65536`, `64 KiB` or `16M`"))
+    size.ok_or_else(|| format!("`{}` is not a size; write it as `65536`, `64 KiB` or `16M`", quoted(text)))
 }

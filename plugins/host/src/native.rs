@@ -17,8 +17,9 @@ use tenon_abi::{
 };
 use tenon_abi::{Description, SavedState};
 
-use crate::bundle::NativeFile;
+use crate::bundle::{MAX_CODE, NativeFile};
 use crate::fault::Fault;
+use crate::files::read_bounded;
 use crate::guest::{Image, Loading};
 use crate::instance::{Answer, Call, DeviceInstance};
 use crate::manifest::{Kind, Manifest, Version};
@@ -88,7 +89,7 @@ impl Native {
     /// Loads a library and checks its tables. Gives the digest of its bytes as well.
     pub(crate) fn open(file: &NativeFile, manifest: &Manifest) -> Result<(Self, [u8; 32]), NativeError> {
         let bytes = match file {
-            NativeFile::Path(path) => &std::fs::read(path)?,
+            NativeFile::Path(path) => &read_bounded(path, MAX_CODE)?,
             NativeFile::Bytes(bytes) => bytes,
         };
         let digest = *blake3::hash(bytes).as_bytes();

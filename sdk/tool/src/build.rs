@@ -34,6 +34,8 @@ pub struct Built {
     pub id: String,
     /// The plugin's version.
     pub version: String,
+    /// What it is for: `device` or `personality`.
+    pub kind: String,
     /// The plugin's directory: `plugin.toml`, `plugin.wasm`, and `plugin.so` if asked for.
     pub directory: PathBuf,
     /// The component.
@@ -125,6 +127,7 @@ pub fn build(folder: &Path, options: &BuildOptions) -> Result<Built, Error> {
         permissions: found.permissions,
         id: manifest.id,
         version: manifest.version,
+        kind: manifest.kind,
         directory,
         archive,
     })
@@ -135,6 +138,8 @@ pub fn build(folder: &Path, options: &BuildOptions) -> Result<Built, Error> {
 /// # Errors
 /// A test fails, or the plugin does not build.
 pub fn test(folder: &Path, options: &BuildOptions) -> Result<Built, Error> {
+    // Before cargo, which would go up to a workspace that the folder happens to lie in.
+    read_manifest(&folder.join("plugin.toml"))?;
     let status = cargo(folder, "test", options).status().map_err(no_cargo)?;
     if !status.success() {
         return Err(Error::Cargo(format!("the tests of {} failed", folder.display())));
@@ -147,6 +152,13 @@ fn no_cargo(error: std::io::Error) -> Error {
 }
 
 fn read_manifest(path: &Path) -> Result<(String, Manifest), Error> {
+    let is_file = fs::metadata(path).is_ok_and(|about| about.is_file());
+    if !is_file {
+        return Err(Error::Manifest {
+            path: path.to_owned(),
+            what: "there is no such file, so this is no plugin's folder; `tenon plugin new` makes one".into(),
+        });
+    }
     let text = fs::read_to_string(path).map_err(Error::io(path))?;
     let manifest: Manifest = toml::from_str(&text).map_err(|error| Error::Manifest {
         path: path.to_owned(),
