@@ -111,8 +111,8 @@ fn kvm_is_named_where_there_is_none() {
 
 #[test]
 fn an_unknown_plugin_is_named_with_those_that_there_are() {
-    linux().args(["--device", "beeper"]).outcome().refused(1, &["beeper", "serial", "rtc"]);
-    linux().args(["--personality", "windows"]).outcome().refused(1, &["windows", "linux", "flat"]);
+    linux().args(["--device", "beeper"]).outcome().refused(2, &["beeper", "serial", "rtc"]);
+    linux().args(["--personality", "windows"]).outcome().refused(2, &["windows", "linux", "flat"]);
 }
 
 #[test]

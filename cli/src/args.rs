@@ -93,7 +93,7 @@ pub(crate) struct RunArgs {
     /// The initial RAM disk
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Guest")]
     pub(crate) initrd: Option<PathBuf>,
-    /// The guest's command line [default for linux: console=ttyS0]
+    /// The guest's command line, for a personality that takes one. Its default is the personality's: `tenon plugin inspect linux`
     #[arg(long, value_name = "TEXT", help_heading = "Guest")]
     pub(crate) cmdline: Option<String>,
     /// The plugin that understands the image, with its options: `linux`, or `flat,mode=real`

@@ -1,18 +1,19 @@
 //! What the guest's console is connected to: this terminal, a pseudo-terminal, a file, or nothing.
 //!
-//! On a terminal the keys go to the guest as they are, but for the escape Ctrl-B; the terminal's own mode is put back on every way out:
-//! when [`Console`] is dropped, and by the panic hook.
+//! On a terminal the keys go to the guest as they are, but for the escape Ctrl-B; the terminal's own mode is put back
+//! when [`Console`] is dropped (and on other ways out, see [`terminal`]).
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Mutex;
+use std::os::fd::OwnedFd;
 
 use anyhow::{Context, Result};
 use crossbeam_channel::Sender;
-use rustix::termios::{OptionalActions, OutputModes, Termios, tcgetattr, tcsetattr};
+use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 
 use crate::args::ConsoleChoice;
+use crate::say::tell;
+use crate::{places, terminal};
 
 /// The escape key: Ctrl-B, as on the ancestor's consoles.
 const ESCAPE: u8 = 2;
@@ -38,17 +39,6 @@ Ctrl-B b  send Ctrl-B        Ctrl-B r  reset the machine
 Ctrl-B s  status             Ctrl-B h  halt the machine, or let it go on
 Ctrl-B x  stop the machine at once and leave";
 
-/// The terminal's mode as it was found, to be put back.
-static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
-
-/// Puts the terminal's mode back, if it was changed. May be called at any time.
-pub(crate) fn restore_terminal() {
-    let saved = SAVED.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-    if let Some(mode) = saved {
-        let _ = tcsetattr(io::stdin(), OptionalActions::Now, &mode);
-    }
-}
-
 /// The outside of the guest's console.
 pub(crate) struct Console {
     input: Option<Box<dyn Read + Send>>,
@@ -64,15 +54,15 @@ impl Console {
         Ok(match choice {
             ConsoleChoice::None => Self { input: None, output: None, has_escape: false, _far: None },
             ConsoleChoice::File(path) => {
-                let file = File::create(path)
+                let file = places::create(path)
                     .with_context(|| format!("console file `{}` cannot be made", path.display()))?;
                 Self { input: None, output: Some(Box::new(file)), has_escape: false, _far: None }
             }
             ConsoleChoice::Pty => Self::pty()?,
             ConsoleChoice::Stdio => {
-                let has_escape = rustix::termios::isatty(io::stdin());
+                let has_escape = terminal::is_there();
                 if has_escape {
-                    Self::make_raw().context("changing the terminal's mode")?;
+                    terminal::make_raw().context("changing the terminal's mode")?;
                 }
                 let (input, output) = (Box::new(io::stdin()), Box::new(io::stdout()));
                 Self { input: Some(input), output: Some(output), has_escape, _far: None }
@@ -95,7 +85,7 @@ impl Console {
         let mut mode = tcgetattr(&far)?;
         mode.make_raw();
         tcsetattr(&far, OptionalActions::Now, &mode)?;
-        eprintln!("tenon: the console is on {}", name.to_string_lossy());
+        tell!("tenon: the console is on {}", name.to_string_lossy());
         // Output that nobody reads is dropped instead of holding up the guest.
         rustix::io::ioctl_fionbio(&near, false)?;
         let file = File::from(near);
@@ -105,22 +95,6 @@ impl Console {
             has_escape: false,
             _far: Some(far),
         })
-    }
-
-    fn make_raw() -> Result<()> {
-        let found = tcgetattr(io::stdin())?;
-        let mut mode = found.clone();
-        mode.make_raw();
-        // Messages of this program still end their lines properly beside the guest's output.
-        mode.output_modes |= OutputModes::OPOST | OutputModes::ONLCR;
-        *SAVED.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(found);
-        let hook = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |info| {
-            restore_terminal();
-            hook(info);
-        }));
-        tcsetattr(io::stdin().as_fd(), OptionalActions::Now, &mode)?;
-        Ok(())
     }
 
     /// Whether a person sits at a terminal with an escape key.
@@ -155,7 +129,7 @@ impl Console {
                         for key in wanted {
                             match key {
                                 Key::Ask(ask) => drop(asks.send(ask)),
-                                Key::Help => eprintln!("\n{HELP}"),
+                                Key::Help => tell!("\n{HELP}"),
                             }
                         }
                     }
@@ -170,7 +144,7 @@ impl Console {
 
 impl Drop for Console {
     fn drop(&mut self) {
-        restore_terminal();
+        terminal::restore();
     }
 }
 

@@ -10,7 +10,7 @@ use comfy_table::{ContentArrangement, Table};
 use serde::Serialize;
 
 use crate::args::DoctorArgs;
-use crate::engine;
+use crate::{engine, say};
 
 /// How good a thing is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -55,8 +55,7 @@ pub(crate) fn doctor(args: &DoctorArgs) -> Result<()> {
         target("x86_64-unknown-none"),
     ];
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&findings)?);
-        return Ok(());
+        return say::print(serde_json::to_string_pretty(&findings)?);
     }
     let mut table = Table::new();
     table.load_style(NOTHING).set_content_arrangement(ContentArrangement::Dynamic);
@@ -69,8 +68,7 @@ pub(crate) fn doctor(args: &DoctorArgs) -> Result<()> {
         let remedy = finding.remedy.as_ref().map(|remedy| format!("\n→ {remedy}")).unwrap_or_default();
         table.add_row([finding.what.to_owned(), grade.to_owned(), format!("{}{remedy}", finding.found)]);
     }
-    println!("{table}");
-    Ok(())
+    say::print(table.trim_fmt())
 }
 
 fn kvm() -> Finding {
@@ -78,7 +76,7 @@ fn kvm() -> Finding {
         Ok(verdict) if verdict.is_fast => Finding::new("KVM", Grade::Good, verdict.details),
         Ok(verdict) => Finding::new("KVM", Grade::Limited, verdict.details)
             .or("guests run on the software engine; for hardware speed use a host whose KVM is not emulated"),
-        Err(error) => Finding::new("KVM", Grade::Missing, format!("{error:#}"))
+        Err(error) => Finding::new("KVM", Grade::Missing, say::explain(&error))
             .or("guests run on the software engine; to use KVM, switch virtualisation on in the firmware, load kvm_intel or kvm_amd, and join the group `kvm`"),
     }
 }
@@ -137,7 +135,7 @@ fn tun() -> Finding {
 fn cache() -> Finding {
     match crate::places::cache_dir() {
         Ok(dir) => Finding::new("code cache", Grade::Good, dir.display().to_string()),
-        Err(error) => Finding::new("code cache", Grade::Limited, format!("{error:#}"))
+        Err(error) => Finding::new("code cache", Grade::Limited, say::explain(&error))
             .or("set XDG_CACHE_HOME or HOME to a folder that this user can write; without it components are compiled at each start"),
     }
 }

@@ -9,8 +9,11 @@ mod places;
 mod plugin;
 mod plugins;
 mod run;
+mod say;
+mod terminal;
 mod trial;
 
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -18,6 +21,7 @@ use clap::{CommandFactory, Parser};
 use tracing_subscriber::EnvFilter;
 
 use args::{Cli, Command};
+use say::{ReaderGone, tell};
 
 /// Exit status: the command line is wrong.
 const USAGE: u8 = 2;
@@ -28,7 +32,7 @@ pub(crate) struct Usage(pub(crate) anyhow::Error);
 
 impl std::fmt::Display for Usage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:#}", self.0)
+        f.write_str(&say::explain(&self.0))
     }
 }
 
@@ -36,17 +40,25 @@ impl std::error::Error for Usage {}
 
 fn main() -> ExitCode {
     let start = Instant::now();
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(told) if told.use_stderr() => told.exit(),
+        // Help, or the version.
+        Err(told) => return end(say::printed(told.print().and_then(|()| std::io::stdout().flush()))),
+    };
     match EnvFilter::builder().parse(&cli.log) {
         Ok(filter) => {
             tracing_subscriber::fmt()
                 .with_env_filter(filter)
                 .with_writer(std::io::stderr)
+                .with_ansi(is_colourful())
+                // It would say on stderr that stderr cannot be written.
+                .log_internal_errors(false)
                 .without_time()
                 .init();
         }
         Err(error) => {
-            eprintln!("tenon: --log `{}`: {error}", cli.log);
+            tell!("tenon: --log `{}`: {error}", cli.log);
             return ExitCode::from(USAGE);
         }
     }
@@ -55,13 +67,27 @@ fn main() -> ExitCode {
         Command::Doctor(args) => doctor::doctor(args).map(|()| ExitCode::SUCCESS),
         Command::Plugin(command) => plugin::plugin(command),
         Command::Completions { shell } => {
-            clap_complete::generate(*shell, &mut Cli::command(), "tenon", &mut std::io::stdout());
-            Ok(ExitCode::SUCCESS)
+            let mut script = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), "tenon", &mut script);
+            say::print(String::from_utf8_lossy(&script).trim_end()).map(|()| ExitCode::SUCCESS)
         }
     };
-    done.unwrap_or_else(|error| {
-        console::restore_terminal();
-        eprintln!("tenon: {error:#}");
-        ExitCode::from(if error.is::<Usage>() { USAGE } else { run::FAILED })
-    })
+    done.unwrap_or_else(|error| end(Err(error)))
+}
+
+/// Says what went wrong, if anything did, and gives the exit status.
+fn end(done: anyhow::Result<()>) -> ExitCode {
+    terminal::restore();
+    match done {
+        Err(error) if !error.is::<ReaderGone>() => {
+            tell!("tenon: {}", say::explain(&error));
+            ExitCode::from(if error.is::<Usage>() { USAGE } else { run::FAILED })
+        }
+        _ => ExitCode::SUCCESS,
+    }
+}
+
+/// Whether the log may have colours: on a terminal, unless the environment says that it must not (no-color.org).
+fn is_colourful() -> bool {
+    std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }

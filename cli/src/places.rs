@@ -1,17 +1,21 @@
-//! Where things are kept: plugins and the cache.
+//! Where things are kept: plugins, the cache, and files that are written.
 
-use std::path::PathBuf;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use rustix::fs::OFlags;
 
 use crate::args::PluginPlaces;
 
 /// The folder for what can be made again, made if it is not there.
 pub(crate) fn cache_dir() -> Result<PathBuf> {
-    let base = match (non_empty("XDG_CACHE_HOME"), non_empty("HOME")) {
+    let base = match (absolute("XDG_CACHE_HOME"), non_empty("HOME")) {
         (Some(cache), _) => cache,
         (None, Some(home)) => home.join(".cache"),
-        (None, None) => bail!("neither XDG_CACHE_HOME nor HOME is set"),
+        (None, None) => bail!("neither HOME nor XDG_CACHE_HOME, as an absolute path, is set"),
     };
     let dir = base.join("tenon");
     std::fs::create_dir_all(&dir).with_context(|| format!("`{}` cannot be made", dir.display()))?;
@@ -27,10 +31,27 @@ pub(crate) fn plugin_dirs(places: &PluginPlaces) -> Vec<PathBuf> {
     if let Some(dir) = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join("plugins"))) {
         dirs.push(dir);
     }
-    if let Some(data) = non_empty("XDG_DATA_HOME").or_else(|| Some(non_empty("HOME")?.join(".local/share"))) {
+    if let Some(data) = absolute("XDG_DATA_HOME").or_else(|| Some(non_empty("HOME")?.join(".local/share"))) {
         dirs.push(data.join("tenon/plugins"));
     }
     dirs
+}
+
+/// Makes a file, or empties it, to write to it. It does not wait, as it would for the reader of a FIFO.
+pub(crate) fn create(path: &Path) -> io::Result<File> {
+    let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed();
+    let opened = OpenOptions::new().write(true).create(true).truncate(true).custom_flags(flags).open(path);
+    let file = opened.map_err(|error| match error.raw_os_error() {
+        Some(libc::ENXIO) => io::Error::other("nobody is at its other end; a FIFO needs its reader first"),
+        _ => error,
+    })?;
+    rustix::io::ioctl_fionbio(&file, false)?;
+    Ok(file)
+}
+
+/// A folder of the XDG base directory specification, which says that relative ones are to be ignored.
+fn absolute(variable: &str) -> Option<PathBuf> {
+    non_empty(variable).filter(|path| path.is_absolute())
 }
 
 fn non_empty(variable: &str) -> Option<PathBuf> {

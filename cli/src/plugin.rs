@@ -12,7 +12,8 @@ use tenon_plugin_tool::{BuildOptions, Built};
 use tenon_plugins::{Bundle, Manifest, SettingType};
 
 use crate::args::{KindChoice, PluginCommand};
-use crate::plugins::{Shelf, catalog};
+use crate::plugins::{Shelf, catalog, find};
+use crate::say::{explain, print};
 use crate::trial;
 
 pub(crate) fn plugin(command: &PluginCommand) -> Result<ExitCode> {
@@ -21,7 +22,7 @@ pub(crate) fn plugin(command: &PluginCommand) -> Result<ExitCode> {
         PluginCommand::Build { dir, native, out } => {
             tell_built(&build(dir, *native, out.clone())?)?;
         }
-        PluginCommand::Inspect { plugin, json, places } => inspect(catalog(places).find(plugin)?, *json)?,
+        PluginCommand::Inspect { plugin, json, places } => inspect(find(&catalog(places), plugin)?, *json)?,
         PluginCommand::Test { dir } => test(dir)?,
         PluginCommand::List { json, places } => list(&catalog(places).list(), *json)?,
     }
@@ -36,10 +37,9 @@ fn new(name: &str, kind: KindChoice, dir: Option<&Path>, sdk: Option<&Path>) -> 
     let dir = dir.map_or_else(|| PathBuf::from(name), Path::to_owned);
     tenon_plugin_tool::new(name, kind, &dir, sdk)?;
     let place = dir.display();
-    println!(
+    print(format_args!(
         "Made {place}. Next:\n  cd {place}\n  tenon plugin test     # its tests, then the component as a machine would use it\n  tenon plugin build    # the folder and archive that a machine takes"
-    );
-    Ok(())
+    ))
 }
 
 fn build(dir: &Path, native: bool, output: Option<PathBuf>) -> Result<Built> {
@@ -50,21 +50,23 @@ fn build(dir: &Path, native: bool, output: Option<PathBuf>) -> Result<Built> {
 fn tell_built(built: &Built) -> Result<()> {
     let size =
         |path: &Path| fs::metadata(path).map(|about| about.len()).with_context(|| path.display().to_string());
-    println!("{} {}", built.id, built.version);
-    println!("  may use    {}", words(&built.permissions));
+    print(format_args!("{} {}", built.id, built.version))?;
+    print(format_args!("  may use    {}", words(&built.permissions)))?;
     if !built.unused.is_empty() {
-        println!("  not used   {}; take them out of `[permissions] imports`", words(&built.unused));
+        print(format_args!(
+            "  not used   {}; take them out of `[permissions] imports`",
+            words(&built.unused)
+        ))?;
     }
-    println!("  folder     {}", built.directory.display());
-    println!("  component  {} bytes", size(&built.component)?);
+    print(format_args!("  folder     {}", built.directory.display()))?;
+    print(format_args!("  component  {} bytes", size(&built.component)?))?;
     if let Some(native) = &built.native {
-        println!("  native     {} bytes", size(native)?);
+        print(format_args!("  native     {} bytes", size(native)?))?;
     }
     if let Some(archive) = &built.archive {
-        println!("  archive    {}", archive.display());
+        print(format_args!("  archive    {}", archive.display()))?;
     }
-    println!("Use it with: tenon run … --device {}", built.directory.display());
-    Ok(())
+    print(format_args!("Use it with: tenon run … --{} {}", built.kind, built.directory.display()))
 }
 
 fn words(list: &[String]) -> String {
@@ -126,7 +128,7 @@ impl Inspection {
                     .collect();
                 (Some(plugin.digest()), imports, None)
             }
-            Err(error) => (None, Vec::new(), Some(format!("{error:#}"))),
+            Err(error) => (None, Vec::new(), Some(explain(&error))),
         };
         let settings = config.iter().map(|(key, schema)| SettingLine {
             key: key.clone(),
@@ -162,8 +164,7 @@ impl Inspection {
 fn inspect(bundle: Bundle, json: bool) -> Result<()> {
     let about = Inspection::new(bundle)?;
     if json {
-        println!("{}", serde_json::to_string_pretty(&about)?);
-        return Ok(());
+        return print(serde_json::to_string_pretty(&about)?);
     }
     let mut table = table();
     let forms = match (about.component, about.native) {
@@ -199,8 +200,7 @@ fn inspect(bundle: Bundle, json: bool) -> Result<()> {
     if let Some(problem) = &about.problem {
         table.add_row(["does not load", problem]);
     }
-    println!("{table}");
-    Ok(())
+    print(table.trim_fmt())
 }
 
 #[derive(Serialize)]
@@ -236,34 +236,35 @@ fn list(found: &[(String, Result<Bundle, tenon_plugins::BundleError>)], json: bo
         })
         .collect();
     if json {
-        println!("{}", serde_json::to_string_pretty(&lines)?);
-        return Ok(());
+        return print(serde_json::to_string_pretty(&lines)?);
     }
     if lines.is_empty() {
-        println!(
-            "No plugins are found. They are looked for in --plugin-dir, TENON_PLUGIN_PATH, `plugins` beside this program, and ~/.local/share/tenon/plugins."
+        return print(
+            "No plugins are found. They are looked for in --plugin-dir, TENON_PLUGIN_PATH, `plugins` beside this program, and ~/.local/share/tenon/plugins.",
         );
-        return Ok(());
     }
     let mut table = table();
     table.set_header(["PLUGIN", "KIND", "VERSION", "WHAT IT IS"]);
     for line in &lines {
         table.add_row([&line.id, &line.kind, &line.version, line.problem.as_ref().unwrap_or(&line.summary)]);
     }
-    println!("{table}");
-    Ok(())
+    print(table.trim_fmt())
 }
 
 fn test(dir: &Path) -> Result<()> {
     let built = tenon_plugin_tool::test(dir, &BuildOptions::default())?;
     let shelf = Shelf::open(&crate::args::PluginPlaces::default(), &[])?;
     let plugin = shelf.load_bundle(Bundle::open(&built.directory)?)?;
-    println!("{} {}: the component loads; it may use {}", built.id, built.version, words(&built.permissions));
+    print(format_args!(
+        "{} {}: the component loads; it may use {}",
+        built.id,
+        built.version,
+        words(&built.permissions)
+    ))?;
     for line in trial::run(&plugin)? {
-        println!("{}: {line}", built.id);
+        print(format_args!("{}: {line}", built.id))?;
     }
-    println!("{}: passed", built.id);
-    Ok(())
+    print(format_args!("{}: passed", built.id))
 }
 
 fn table() -> Table {

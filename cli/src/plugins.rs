@@ -6,14 +6,18 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use serde::Serialize;
-use tenon_abi::{Machine as MachineDescription, MemoryKind, MemoryRange};
+use tenon_abi::{DeviceError, Machine as MachineDescription, MemoryKind, MemoryRange, PersonalityError};
 use tenon_core::{Lifecycle, Ram};
 use tenon_platform::{AcpiNode, Resource};
-use tenon_plugins::{Boot, Bundle, Catalog, ChannelEnd, Device, Grants, Host, Image, MachineParts, Plugin};
+use tenon_plugins::{
+    AttachError, Boot, Bundle, BundleError, Catalog, ChannelEnd, Device, Grants, GuestError, Host, Image,
+    MachineParts, Plugin,
+};
 
 use crate::Usage;
 use crate::args::{PluginPlaces, PluginSpec, RunArgs};
 use crate::places;
+use crate::say::explain;
 
 /// The name of the channel that is the guest's console.
 const CONSOLE: &str = "console";
@@ -52,7 +56,7 @@ impl Shelf {
     /// Opens the places where plugins are kept.
     pub(crate) fn open(at: &PluginPlaces, native: &[String]) -> Result<Self> {
         let cache = places::cache_dir()
-            .inspect_err(|error| tracing::warn!("components are compiled at each start: {error:#}"))
+            .inspect_err(|error| tracing::warn!("components are compiled at each start: {}", explain(error)))
             .ok();
         let grants = native.iter().fold(Grants::none(), |grants, id| grants.allow_native(id));
         Ok(Self { host: Host::new(cache.as_deref())?, catalog: catalog(at), grants })
@@ -60,7 +64,7 @@ impl Shelf {
 
     /// Loads a plugin by id or path.
     fn load(&self, plugin: &str) -> Result<Arc<Plugin>> {
-        self.load_bundle(self.catalog.find(plugin)?)
+        self.load_bundle(find(&self.catalog, plugin)?)
     }
 
     /// Loads a plugin that was found.
@@ -89,11 +93,13 @@ impl Shelf {
         let id = &plugin.manifest().id;
         let same = others.iter().filter(|other| other.plugin.manifest().id == *id).count();
         let name = if same == 0 { id.clone() } else { format!("{id}{same}") };
-        plugin
-            .manifest()
-            .settings(&spec.settings)
-            .map_err(|error| Usage(anyhow!("--device {}: {error}", spec.plugin)))?;
-        let device = plugin.attach(&name, &spec.settings, parts)?;
+        let device = plugin.attach(&name, &spec.settings, parts).map_err(|error| match error {
+            // The settings are looked at by their types first, and then by the device itself.
+            AttachError::Setting(_) | AttachError::Refused { error: DeviceError::Invalid(_), .. } => {
+                anyhow::Error::new(Usage(anyhow!(error).context(format!("--device {}", spec.plugin))))
+            }
+            error => error.into(),
+        })?;
         Ok(Attached { name, plugin, device })
     }
 }
@@ -105,6 +111,14 @@ pub(crate) fn catalog(at: &PluginPlaces) -> Catalog {
         catalog.add_directory(dir);
     }
     catalog
+}
+
+/// Finds a plugin by id or path. An id that nobody knows is the command line's error.
+pub(crate) fn find(catalog: &Catalog, plugin: &str) -> Result<Bundle> {
+    catalog.find(plugin).map_err(|error| match error {
+        BundleError::Unknown { .. } => Usage(error.into()).into(),
+        error => error.into(),
+    })
 }
 
 /// The devices of a machine: those named, after the default ones that are not named.
@@ -148,7 +162,10 @@ impl Personality {
             })
             .collect();
         let machine = MachineDescription { vcpus: vcpus.into(), memory, rsdp: Some(rsdp) };
-        Ok(self.plugin.load_guest(&machine, ram, images.to_vec(), &self.options)?)
+        self.plugin.load_guest(&machine, ram, images.to_vec(), &self.options).map_err(|error| match error {
+            GuestError::Refused { error: PersonalityError::Invalid(_), .. } => Usage(error.into()).into(),
+            error => error.into(),
+        })
     }
 
     pub(crate) fn summary(&self) -> PluginSummary {
@@ -212,8 +229,11 @@ pub(crate) fn connect(console: &ChannelEnd, mut output: Box<dyn Write + Send>) -
     let mut is_open = true;
     console
         .set_sink(move |bytes| {
-            if is_open && output.write_all(bytes).and_then(|()| output.flush()).is_err() {
-                // Whoever read it has gone; the guest goes on.
+            if !is_open {
+                return;
+            }
+            if let Err(error) = output.write_all(bytes).and_then(|()| output.flush()) {
+                tracing::warn!("what the guest prints is lost from now on, and the guest goes on: {error}");
                 is_open = false;
             }
         })

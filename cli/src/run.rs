@@ -1,6 +1,5 @@
 //! `tenon run`: assembles a machine, stays with it until it ends, and turns its end into an exit status.
 
-use std::fs::File;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,11 +16,12 @@ use tenon_platform::{
 };
 use tenon_plugins::MachineParts;
 
-use crate::args::{ClockChoice, CpuChoice, OnReset, PluginSpec, RunArgs};
+use crate::args::{ClockChoice, ConsoleChoice, CpuChoice, OnReset, PluginSpec, RunArgs};
 use crate::console::{Ask, Console};
 use crate::guest::{Guest, open_image};
 use crate::plugins::{Attached, PluginSummary, Shelf};
-use crate::{Usage, engine, plugins};
+use crate::say::tell;
+use crate::{Usage, engine, places, plugins, terminal};
 
 /// Exit status: an error, or a guest that crashed.
 pub(crate) const FAILED: u8 = 1;
@@ -77,13 +77,16 @@ struct Summary<'a> {
 }
 
 pub(crate) fn run(args: &RunArgs, process_start: Instant) -> Result<ExitCode> {
+    if args.console == ConsoleChoice::Stdio && terminal::is_there() {
+        terminal::guard().context("catching the signals that would leave the terminal raw")?;
+    }
     let mut images = vec![open_image("kernel", &args.kernel)?];
     if let Some(path) = &args.initrd {
         images.push(open_image("initrd", path)?);
     }
     let summary_file = match &args.summary {
         Some(path) => Some(
-            File::create(path)
+            places::create(path)
                 .with_context(|| format!("summary file `{}` cannot be made", path.display()))?,
         ),
         None => None,
@@ -142,6 +145,7 @@ pub(crate) fn run(args: &RunArgs, process_start: Instant) -> Result<ExitCode> {
     machine.add_device(power.clone());
     devices.iter().for_each(|device| machine.add_device(device.lifecycle()));
 
+    let signals = watch_signals()?;
     let mut console = Console::open(&args.console)?;
     let (asks, asked) = unbounded();
     let channel = devices.iter().find_map(Attached::console);
@@ -160,13 +164,12 @@ pub(crate) fn run(args: &RunArgs, process_start: Instant) -> Result<ExitCode> {
             asks,
         )
         .context("starting the console's thread")?;
-    let signals = watch_signals()?;
     if console.is_interactive() {
-        eprintln!(
+        tell!(
             "tenon: {} on {} ({}); Ctrl-B ? lists what the console can do",
             boot.summary,
             choice.engine.name(),
-            choice.why
+            choice.reason
         );
     }
 
@@ -183,7 +186,7 @@ pub(crate) fn run(args: &RunArgs, process_start: Instant) -> Result<ExitCode> {
     drop(console);
 
     if let End::Crash(text) | End::EngineFailed(text) = &end {
-        eprintln!("tenon: {text}");
+        tell!("tenon: {text}");
     }
     if let Some(file) = summary_file {
         let summary = Summary {
@@ -237,9 +240,13 @@ impl Control<'_> {
                     Ok(Ask::Quit) => return Ok(End::Stopped("console")),
                     Ok(Ask::PowerButton) => {
                         self.power.press_power_button();
+                        tell!("\ntenon: power button pressed");
                         false
                     }
-                    Ok(Ask::Reset) => true,
+                    Ok(Ask::Reset) => {
+                        tell!("\ntenon: reset");
+                        true
+                    }
                     Ok(Ask::Status) => {
                         self.tell_status(paused);
                         false
@@ -247,7 +254,7 @@ impl Control<'_> {
                     Ok(Ask::Pause) => {
                         paused = !paused;
                         if paused { self.machine.pause() } else { self.machine.resume() }
-                        eprintln!("\ntenon: {}", if paused { "halted; Ctrl-B h lets it go on" } else { "goes on" });
+                        tell!("\ntenon: {}", if paused { "halted; Ctrl-B h lets it go on" } else { "goes on" });
                         false
                     }
                     // The input has ended; requests and signals go on.
@@ -297,11 +304,9 @@ impl Control<'_> {
         if !paused {
             self.machine.resume();
         }
-        let time = Duration::from_secs(self.running.elapsed().as_secs());
-        eprintln!(
-            "\ntenon: {} for {time:?}{instructions}{rip}",
-            if paused { "halted, started" } else { "running" }
-        );
+        let state = if paused { "halted; started" } else { "running; started" };
+        let seconds = self.running.elapsed().as_secs_f64();
+        tell!("\ntenon: {state} {seconds:.1} s ago{instructions}{rip}");
     }
 }
 
@@ -319,9 +324,11 @@ fn watch_signals() -> Result<Receiver<i32>> {
     let mut signals =
         signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP]).context("watching for signals")?;
     std::thread::Builder::new().name("signals".into()).spawn(move || {
-        for signal in signals.forever() {
-            if sender.send(signal).is_err() {
-                return;
+        for (count, signal) in signals.forever().enumerate() {
+            // Whoever asks twice does not want to wait for what holds up the end.
+            if sender.send(signal).is_err() || count > 0 {
+                terminal::restore();
+                std::process::exit(i32::from(stopped_by(signal).status()));
             }
         }
     })?;
