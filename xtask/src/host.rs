@@ -23,6 +23,13 @@ const TOOLS: [Tool; 3] = [
 ];
 /// What `bench` compares with.
 const PEER: Tool = Tool { program: "qemu-system-x86_64", package: "qemu-system-x86" };
+/// What makes the Debian disk.
+const DISK_TOOLS: [Tool; 4] = [
+    Tool { program: "mmdebstrap", package: "mmdebstrap" },
+    Tool { program: "fakeroot", package: "fakeroot" },
+    Tool { program: "mke2fs", package: "e2fsprogs" },
+    Tool { program: "ssh-keygen", package: "openssh-client" },
+];
 /// A C library's headers and start files have no program by which to find them.
 const LIBC: (&str, &str) = ("/usr/include/stdio.h", "libc6-dev");
 /// What plugins, bare guests, and programs of the Debian guest are compiled for.
@@ -50,6 +57,16 @@ pub(crate) fn prepare() -> Result<()> {
 /// As [`prepare`].
 pub(crate) fn prepare_peer() -> Result<()> {
     if has_program(PEER.program) { Ok(()) } else { install(&[PEER.package]) }
+}
+
+/// Installs what making the Debian disk lacks.
+///
+/// # Errors
+/// As [`prepare`].
+pub(crate) fn prepare_disk() -> Result<()> {
+    let missing: Vec<&str> =
+        DISK_TOOLS.iter().filter(|tool| !has_program(tool.program)).map(|tool| tool.package).collect();
+    install(&missing)
 }
 
 /// Makes sure that apt knows which packages exist.

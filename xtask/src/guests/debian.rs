@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cpio::Archive;
 use super::kernel;
+use super::modules::{self, Module};
 use crate::process::{capture, command, run};
 use crate::{host, tree};
 
@@ -16,9 +17,9 @@ use crate::{host, tree};
 const KERNEL: &str = "linux-image-cloud-amd64";
 const BUSYBOX: &str = "busybox-static";
 /// Raised when the way in which the files are made changes.
-const RECIPE: u32 = 1;
+const RECIPE: u32 = 2;
 const MANIFEST: &str = "manifest.toml";
-const FILES: [&str; 3] = ["vmlinuz", "vmlinux", "initramfs.cpio.gz"];
+const FILES: [&str; 4] = ["vmlinuz", "vmlinux", "initramfs.cpio.gz", "initramfs-virtio.cpio.gz"];
 
 /// The files of the Debian guest.
 pub(crate) struct Debian {
@@ -28,6 +29,8 @@ pub(crate) struct Debian {
     pub(crate) vmlinux: PathBuf,
     /// Busybox, the init script and the program `port`.
     pub(crate) initramfs: PathBuf,
+    /// The same with the modules of virtio devices, which the init script loads.
+    pub(crate) initramfs_virtio: PathBuf,
     /// The kernel's release, such as `6.1.0-56-cloud-amd64`.
     pub(crate) release: String,
 }
@@ -67,6 +70,7 @@ pub(crate) fn make(refresh: bool) -> Result<Debian> {
         vmlinuz: folder.join(FILES[0]),
         vmlinux: folder.join(FILES[1]),
         initramfs: folder.join(FILES[2]),
+        initramfs_virtio: folder.join(FILES[3]),
         release,
     })
 }
@@ -161,9 +165,12 @@ fn fetch(folder: &Path, sources: &Sources) -> Result<String> {
     let busybox = ["usr/bin/busybox", "bin/busybox"].map(|path| tree.join(path));
     let busybox = busybox.iter().find(|path| path.is_file()).context("the package has no busybox")?;
     let port = Sources::compile_port(scratch.path())?;
-    let initramfs = initramfs(&sources.init, &port, busybox)?;
+    let modules =
+        modules::with_dependencies(&tree.join(format!("lib/modules/{release}/kernel")), &modules::VIRTIO)?;
+    let plain = initramfs(&sources.init, &port, busybox, &[])?;
+    let virtio = initramfs(&sources.init, &port, busybox, &modules)?;
     let mut digests = Vec::new();
-    for (file, bytes) in FILES.iter().zip([vmlinuz, vmlinux, initramfs]) {
+    for (file, bytes) in FILES.iter().zip([vmlinuz, vmlinux, plain, virtio]) {
         // Written beside and renamed, so that no reader sees half a file.
         let part = scratch.path().join(file);
         fs::write(&part, &bytes)?;
@@ -175,7 +182,7 @@ fn fetch(folder: &Path, sources: &Sources) -> Result<String> {
     Ok(release)
 }
 
-fn initramfs(init: &[u8], port: &[u8], busybox: &Path) -> Result<Vec<u8>> {
+fn initramfs(init: &[u8], port: &[u8], busybox: &Path, modules: &[Module]) -> Result<Vec<u8>> {
     let applets = capture(command(busybox).arg("--list"))?;
     let mut archive = Archive::default();
     for folder in ["bin", "dev", "proc", "sys", "tmp"] {
@@ -188,6 +195,16 @@ fn initramfs(init: &[u8], port: &[u8], busybox: &Path) -> Result<Vec<u8>> {
     }
     archive.program("bin/port", port);
     archive.program("init", init);
+    if !modules.is_empty() {
+        archive.folder("modules");
+        let mut order = String::new();
+        for (name, bytes) in modules {
+            archive.program(&format!("modules/{name}.ko"), bytes);
+            order.push_str(name);
+            order.push('\n');
+        }
+        archive.program("modules/order", order.as_bytes());
+    }
     let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
     gzip.write_all(&archive.finish())?;
     Ok(gzip.finish()?)

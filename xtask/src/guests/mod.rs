@@ -2,18 +2,22 @@
 //!
 //! - Debian: the kernel of the distribution's current `linux-image-cloud-amd64`, as it is and unpacked, and an initramfs of
 //!   `busybox-static` with the init script of tests/guests/linux. Kept in the user's cache, checked by digest at every use.
+//! - A whole Debian on a disk, for those chores that need it: made from packages by mmdebstrap, kept in the same cache.
 //! - Bare guests: the small programs of tests/guests, built into the target folder; with them, the plugins that misbehave on purpose.
 
 mod bare;
 mod cpio;
 mod debian;
+mod disk;
 mod kernel;
+mod modules;
 
 use anyhow::Result;
 use clap::Args;
 
 pub(crate) use bare::build as bare;
 pub(crate) use debian::{Debian, make as debian};
+pub(crate) use disk::{Disk, make as disk};
 
 /// What to make anew.
 #[derive(Args)]
@@ -21,6 +25,9 @@ pub(crate) struct Options {
     /// Fetch Debian's packages again, even though the cache is good
     #[arg(long)]
     refresh: bool,
+    /// Make the Debian disk as well, which takes some minutes the first time
+    #[arg(long)]
+    disk: bool,
 }
 
 /// Makes all guests and says where they are.
@@ -30,8 +37,14 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options) -> Result<()> {
     crate::host::prepare()?;
     let debian = debian(options.refresh)?;
-    for file in [&debian.vmlinuz, &debian.vmlinux, &debian.initramfs] {
+    for file in [&debian.vmlinuz, &debian.vmlinux, &debian.initramfs, &debian.initramfs_virtio] {
         println!("{}", file.display());
+    }
+    if options.disk {
+        let Disk { image, kernel, initramfs, key } = disk(options.refresh)?;
+        for file in [image, kernel, initramfs, key] {
+            println!("{}", file.display());
+        }
     }
     for guest in bare()? {
         println!("{}", guest.display());
