@@ -7,9 +7,10 @@
 //! | +2 | all ones | 1: reset the machine |
 //! | +3 | pending events; reading clears them and lowers the line | ignored |
 //!
-//! Event bit 0 is the power button: [`PowerRegisters::press_power_button`] sets it and raises [`POWER_BUTTON_GSI`].
+//! Event bit 0 is the power button: [`PowerRegisters::press_power_button`] sets it and raises [`POWER_BUTTON_GSI`]. Bit 1 says that
+//! PCI slots have something to tell.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tenon_core::{IrqLine, Lifecycle, Region, Request, Requests};
 
@@ -30,34 +31,56 @@ const RESET: u64 = 2;
 const EVENTS: u64 = 3;
 const SLEEP_ENABLE: u8 = 1 << 5;
 
+/// Event: the power button.
+pub(crate) const BUTTON_EVENT: u8 = 1;
+/// Event: PCI slots.
+pub(crate) const SLOTS_EVENT: u8 = 2;
+
 /// The registers. Accesses come on vCPU threads; the button is pressed from any thread.
 pub struct PowerRegisters {
     requests: Requests,
     line: IrqLine,
-    button: AtomicBool,
+    /// The pending events. The line follows them under this lock.
+    events: Mutex<u8>,
 }
 
 impl PowerRegisters {
     /// Registers that ask through `requests` and tell of events by `line`, which is [`POWER_BUTTON_GSI`], level-triggered.
     #[must_use]
     pub fn new(requests: Requests, line: IrqLine) -> Self {
-        Self { requests, line, button: AtomicBool::new(false) }
+        Self { requests, line, events: Mutex::new(0) }
     }
 
     /// Asks the guest to shut down, as the button on a machine's case does.
     pub fn press_power_button(&self) {
-        self.button.store(true, Ordering::SeqCst);
+        self.tell(BUTTON_EVENT);
+    }
+
+    /// Tells the guest to look at PCI's slots.
+    pub(crate) fn tell_slots(&self) {
+        self.tell(SLOTS_EVENT);
+    }
+
+    fn tell(&self, event: u8) {
+        let mut events = self.events();
+        *events |= event;
         self.line.set_level(true);
+    }
+
+    fn set_events(&self, value: u8) -> u8 {
+        let mut events = self.events();
+        self.line.set_level(value != 0);
+        std::mem::replace(&mut events, value)
+    }
+
+    fn events(&self) -> MutexGuard<'_, u8> {
+        self.events.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn read_byte(&self, offset: u64) -> u8 {
         match offset {
             CONTROL | STATUS => 0,
-            EVENTS => {
-                let pressed = self.button.swap(false, Ordering::SeqCst);
-                self.line.set_level(false);
-                pressed.into()
-            }
+            EVENTS => self.set_events(0),
             _ => 0xff,
         }
     }
@@ -91,23 +114,21 @@ impl Lifecycle for PowerRegisters {
     }
 
     fn reset(&self) {
-        self.button.store(false, Ordering::SeqCst);
-        self.line.set_level(false);
+        self.set_events(0);
     }
 
     fn save(&self) -> Result<(u32, Vec<u8>), String> {
-        Ok((1, vec![self.button.load(Ordering::SeqCst).into()]))
+        Ok((1, vec![*self.events()]))
     }
 
     fn restore(&self, schema: u32, data: &[u8]) -> Result<(), String> {
-        let (1, [pressed @ (0 | 1)]) = (schema, data) else {
+        let (1, [events @ 0..=3]) = (schema, data) else {
             return Err(format!(
                 "power registers of schema {schema} with {} bytes; this version reads schema 1, 1 byte",
                 data.len()
             ));
         };
-        self.button.store(*pressed == 1, Ordering::SeqCst);
-        self.line.set_level(*pressed == 1);
+        self.set_events(*events);
         Ok(())
     }
 }

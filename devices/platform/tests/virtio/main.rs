@@ -1,0 +1,7 @@
+//! The platform's PCI and virtio through their public door: a driver in test code finds devices over real buses and RAM, and runs queues.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
+mod device;
+mod driver;
+mod machine;
+mod queues;
