@@ -1,7 +1,7 @@
 //! The command as people and scripts meet it: closed pipes, full disks, FIFOs, terminals, signals, and the words that it has for them.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
@@ -113,6 +113,7 @@ fn tables_have_no_blanks_at_the_ends_of_lines() {
         assert_eq!(status, 0);
         assert!(text.lines().count() > 2, "{text}");
         assert!(text.lines().all(|line| line.trim_end() == line), "{text}");
+        assert!(!text.starts_with(' '), "{text}");
     }
 }
 
@@ -143,6 +144,13 @@ fn a_plugin_that_nobody_knows_is_a_usage_error() {
     let (status, _, error) = outcome(tenon(&["plugin", "inspect", "fifo"]).current_dir(folder.path()));
     assert_eq!(status, 2, "{error}");
     assert!(error.contains("`./fifo`"), "{error}");
+}
+
+#[test]
+fn a_name_that_is_none_for_a_plugin_is_a_usage_error() {
+    for name in ["Beeper", "1st", "test"] {
+        refused(&["plugin", "new", name, "--kind", "device"], 2, &[name, "no name for a plugin"]);
+    }
 }
 
 #[test]
@@ -204,6 +212,36 @@ fn a_log_in_a_file_has_no_colours() {
     assert!(!outcome.stderr.contains('\x1b'), "{}", outcome.all());
 }
 
+#[test]
+fn a_log_on_a_terminal_has_colours_unless_they_are_unwanted() {
+    for (variable, value, is_colourful) in
+        [("UNRELATED", "", true), ("NO_COLOR", "", true), ("NO_COLOR", "1", false)]
+    {
+        let (mut near, far) = terminal();
+        let mut command = tenon(&["run", "--log", "debug", "--engine", "soft", "--personality", "flat"]);
+        command.args(["--device", "exit", "--kernel"]).arg(bare("first"));
+        command.env_remove("NO_COLOR").env(variable, value).stderr(far);
+        let mut process = command.spawn().expect("the command starts");
+        drop(command);
+        let mut log = Vec::new();
+        // The end of a terminal is an error.
+        let _ = near.read_to_end(&mut log);
+        let log = String::from_utf8_lossy(&log);
+        assert!(process.wait().expect("the status").success() && log.contains("DEBUG"), "{log}");
+        assert_eq!(log.contains('\x1b'), is_colourful, "{variable}={value}: {log}");
+    }
+}
+
+/// A new terminal: the end that a person sits at, and the one for programs.
+fn terminal() -> (File, OwnedFd) {
+    let near = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).expect("a terminal");
+    grantpt(&near).and_then(|()| unlockpt(&near)).expect("its far end");
+    let name = ptsname(&near, Vec::new()).expect("its name");
+    let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NOCTTY | rustix::fs::OFlags::CLOEXEC;
+    let far = rustix::fs::open(&name, flags, rustix::fs::Mode::empty()).expect("its far end");
+    (near.into(), far)
+}
+
 /// A machine on a terminal, with a guest that says that it runs and then does so for ever.
 struct Seat {
     process: Child,
@@ -215,12 +253,7 @@ struct Seat {
 
 impl Seat {
     fn take(engine: &str) -> Self {
-        let near =
-            openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).expect("a terminal");
-        grantpt(&near).and_then(|()| unlockpt(&near)).expect("its far end");
-        let name = ptsname(&near, Vec::new()).expect("its name").into_string().expect("in ASCII");
-        let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NOCTTY | rustix::fs::OFlags::CLOEXEC;
-        let far: OwnedFd = rustix::fs::open(&name, flags, rustix::fs::Mode::empty()).expect("its far end");
+        let (terminal, far) = terminal();
         // A signal that dumps core shall leave no file.
         let mut command = Command::new("sh");
         command.args(["-c", "ulimit -c 0 && exec \"$@\"", "sh"]).arg(program());
@@ -232,7 +265,7 @@ impl Seat {
         std::thread::spawn(move || {
             BufReader::new(stderr).lines().map_while(Result::ok).try_for_each(|line| sender.send(line))
         });
-        let mut seat = Self { process, terminal: near.into(), lines, start: String::new() };
+        let mut seat = Self { process, terminal, lines, start: String::new() };
         seat.start = seat.reads("Ctrl-B ?");
         assert!(!seat.echoes(), "the terminal is not raw, so nothing is tested");
         seat

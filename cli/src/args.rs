@@ -24,9 +24,9 @@ Examples:
   tenon plugin new beeper --kind device                 begin a device of your own
   tenon doctor                                          what this host offers
 
-Exit status of `tenon run`: 0 after the guest powered off; the guest's own status when it used the exit
-device; 1 after an error or a crashed guest; 2 when the command line is wrong; 3 when the guest asked
-for a reset (unless `--on-reset restart`).";
+Exit status of `tenon run`: 0 after the guest powered off; the guest's own status when it used the exit \
+device; 1 after an error or a crashed guest; 2 when the command line is wrong; 3 when the guest asked \
+for a reset (unless `--on-reset restart`); 128 and the signal's number after a signal.";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -116,7 +116,7 @@ pub(crate) struct RunArgs {
     #[arg(long, value_enum, default_value = "real", help_heading = "Machine")]
     pub(crate) clock: ClockChoice,
     /// What a guest's reset does
-    #[arg(long, value_enum, default_value = "exit", help_heading = "Machine")]
+    #[arg(long, value_name = "WHAT", value_enum, default_value = "exit", help_heading = "Machine")]
     pub(crate) on_reset: OnReset,
 
     /// Add a device, by plugin id or path, with its settings. Every machine has `serial` and `rtc`; naming one of them replaces it

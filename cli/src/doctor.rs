@@ -68,7 +68,7 @@ pub(crate) fn doctor(args: &DoctorArgs) -> Result<()> {
         let remedy = finding.remedy.as_ref().map(|remedy| format!("\n→ {remedy}")).unwrap_or_default();
         table.add_row([finding.what.to_owned(), grade.to_owned(), format!("{}{remedy}", finding.found)]);
     }
-    say::print(table.trim_fmt())
+    say::print_table(&table)
 }
 
 fn kvm() -> Finding {

@@ -8,12 +8,13 @@ use anyhow::{Context, Result};
 use comfy_table::presets::NOTHING;
 use comfy_table::{ContentArrangement, Table};
 use serde::Serialize;
-use tenon_plugin_tool::{BuildOptions, Built};
+use tenon_plugin_tool::{BuildOptions, Built, Error};
 use tenon_plugins::{Bundle, Manifest, SettingType};
 
+use crate::Usage;
 use crate::args::{KindChoice, PluginCommand};
 use crate::plugins::{Shelf, catalog, find};
-use crate::say::{explain, print};
+use crate::say::{explain, print, print_table};
 use crate::trial;
 
 pub(crate) fn plugin(command: &PluginCommand) -> Result<ExitCode> {
@@ -35,7 +36,10 @@ fn new(name: &str, kind: KindChoice, dir: Option<&Path>, sdk: Option<&Path>) -> 
         KindChoice::Personality => tenon_plugin_tool::Kind::Personality,
     };
     let dir = dir.map_or_else(|| PathBuf::from(name), Path::to_owned);
-    tenon_plugin_tool::new(name, kind, &dir, sdk)?;
+    tenon_plugin_tool::new(name, kind, &dir, sdk).map_err(|error| match error {
+        Error::Name(_) => anyhow::Error::new(Usage(error.into())),
+        error => error.into(),
+    })?;
     let place = dir.display();
     print(format_args!(
         "Made {place}. Next:\n  cd {place}\n  tenon plugin test     # its tests, then the component as a machine would use it\n  tenon plugin build    # the folder and archive that a machine takes"
@@ -191,7 +195,8 @@ fn inspect(bundle: Bundle, json: bool) -> Result<()> {
         table.add_row(["state", &format!("schema {}", about.schema)]);
     }
     for setting in &about.settings {
-        let default = setting.default.as_ref().map(|value| format!(" [{value}]")).unwrap_or_default();
+        let default = setting.default.as_ref().filter(|value| !value.is_empty());
+        let default = default.map(|value| format!(" [{value}]")).unwrap_or_default();
         table.add_row([
             &format!("setting {}", setting.key),
             &format!("{}{default}: {}", setting.kind, setting.help),
@@ -200,7 +205,7 @@ fn inspect(bundle: Bundle, json: bool) -> Result<()> {
     if let Some(problem) = &about.problem {
         table.add_row(["does not load", problem]);
     }
-    print(table.trim_fmt())
+    print_table(&table)
 }
 
 #[derive(Serialize)]
@@ -248,7 +253,7 @@ fn list(found: &[(String, Result<Bundle, tenon_plugins::BundleError>)], json: bo
     for line in &lines {
         table.add_row([&line.id, &line.kind, &line.version, line.problem.as_ref().unwrap_or(&line.summary)]);
     }
-    print(table.trim_fmt())
+    print_table(&table)
 }
 
 fn test(dir: &Path) -> Result<()> {

@@ -7,6 +7,7 @@ use std::fmt::Display;
 use std::io::{self, Write};
 
 use anyhow::{Context, Result};
+use comfy_table::Table;
 
 /// Whoever read standard output has gone, as `head` does when it has seen enough.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +26,12 @@ pub(crate) fn printed(result: io::Result<()>) -> Result<()> {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(ReaderGone.into()),
         result => result.context("standard output cannot be written"),
     }
+}
+
+/// Prints a table without the blanks that it would have around each line.
+pub(crate) fn print_table(table: &Table) -> Result<()> {
+    let lines = table.lines().map(|line| line.strip_prefix(' ').unwrap_or(&line).trim_end().to_owned());
+    print(lines.collect::<Vec<_>>().join("\n"))
 }
 
 /// Prints a message on standard error and ends the line.

@@ -47,6 +47,9 @@ pub enum Error {
         /// The interfaces.
         used: String,
     },
+    /// A new plugin cannot have this name.
+    #[error("{0}")]
+    Name(String),
     /// A new plugin cannot be made.
     #[error("{0}")]
     New(String),

@@ -49,12 +49,12 @@ pub fn new(name: &str, kind: Kind, folder: &Path, sdk: Option<&Path>) -> Result<
     let in_range = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
     let begins = name.starts_with(|c: char| c.is_ascii_lowercase());
     if !begins || !name.chars().all(in_range) || name.len() > 64 {
-        return Err(Error::New(format!(
+        return Err(Error::Name(format!(
             "`{name}` is no name for a plugin: take lower-case letters, digits and dashes, a letter first, 64 at most"
         )));
     }
     if TAKEN.contains(&format!(" {name} ")) {
-        return Err(Error::New(format!(
+        return Err(Error::Name(format!(
             "`{name}` is no name for a plugin: it means something else to Rust or cargo"
         )));
     }

@@ -90,7 +90,7 @@ fn names_and_folders_that_do_not_do_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     for name in ["", "Upper", "1st", "under_score", "../up", "match", "std", &"a".repeat(65)] {
         assert!(
-            matches!(new(name, Kind::Device, &folder.path().join("new"), None), Err(Error::New(_))),
+            matches!(new(name, Kind::Device, &folder.path().join("new"), None), Err(Error::Name(_))),
             "{name}"
         );
     }
