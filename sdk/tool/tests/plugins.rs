@@ -99,7 +99,7 @@ fn names_and_folders_that_do_not_do_are_refused() {
     assert!(matches!(new("fine", Kind::Device, folder.path(), None), Err(Error::New(_))));
     let sdk = Some(folder.path());
     assert!(matches!(new("fine", Kind::Device, &folder.path().join("new"), sdk), Err(Error::New(_))));
-    assert!(matches!(build(folder.path(), &options()), Err(Error::Io { .. })));
+    assert!(matches!(build(folder.path(), &options()), Err(Error::Manifest { .. })));
 }
 
 #[test]
