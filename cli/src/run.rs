@@ -134,8 +134,11 @@ pub(crate) fn run(args: &RunArgs, process_start: Instant) -> Result<ExitCode> {
     let keyboard = Arc::new(KeyboardReset::new(parts.requests.clone()));
     // Not where a device has the port: a keyboard controller resets by itself.
     let _keyboard = pio.claim("power", KEYBOARD_PORT.into(), 1, keyboard).ok();
-    let platform =
-        Platform { vcpus: args.cpus, devices: devices.iter().filter_map(Attached::acpi_node).collect() };
+    let platform = Platform {
+        vcpus: args.cpus,
+        devices: devices.iter().filter_map(Attached::acpi_node).collect(),
+        ..Platform::default()
+    };
     let guest = Guest { ram: ram.clone(), platform, personality, images };
     let boot = guest.load()?;
     tracing::info!(guest = boot.summary, engine = choice.engine.name(), why = choice.why, "loaded");

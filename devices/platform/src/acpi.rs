@@ -1,7 +1,9 @@
-//! The ACPI tables of a hardware-reduced platform (ACPI 6.5 §4.1): RSDP, XSDT, FADT, MADT and DSDT.
+//! The ACPI tables of a hardware-reduced platform (ACPI 6.5 §4.1): RSDP, XSDT, FADT, MADT, DSDT, and MCFG where there is PCI.
 //!
 //! The DSDT holds a node for each device that a plugin described, the power button, and the generic event device that
 //! tells of it. Tables lie from [`ACPI_BASE`] on, the root pointer first.
+
+mod pci;
 
 use acpi_tables::aml::{
     self, EISAName, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, OpRegionSpace,
@@ -17,7 +19,7 @@ use tenon_core::Ram;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::map::{ACPI_BASE, RESET_VECTOR};
-use crate::power::{POWER_BUTTON_GSI, POWER_PORT, POWER_PORTS, RESET_VALUE, S5};
+use crate::power::{BUTTON_EVENT, POWER_BUTTON_GSI, POWER_PORT, POWER_PORTS, RESET_VALUE, S5, SLOTS_EVENT};
 
 const OEM: [u8; 6] = *b"TENON ";
 const OEM_TABLE: [u8; 8] = *b"TENON1  ";
@@ -67,8 +69,10 @@ pub struct AcpiNode {
 pub struct Platform {
     /// How many vCPUs; their APIC ids are 0 to `vcpus - 1`.
     pub vcpus: u8,
-    /// The devices.
+    /// The devices that are not on PCI.
     pub devices: Vec<AcpiNode>,
+    /// How many PCI root buses: [`Pci::buses`](crate::Pci::buses), or 0 where there is no PCI.
+    pub pci_buses: u8,
 }
 
 /// Tables that cannot be made.
@@ -125,6 +129,9 @@ pub fn write_tables(ram: &Ram, platform: &Platform) -> Result<u64, AcpiError> {
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    if platform.pci_buses > 0 {
+        xsdt.add_entry(place(&pci::mcfg(platform.pci_buses)));
+    }
     let xsdt = place(&bytecode(&xsdt));
     let rsdp = bytecode(&Rsdp::new(OEM, xsdt));
     image[..rsdp.len()].copy_from_slice(&rsdp);
@@ -175,7 +182,10 @@ fn dsdt(platform: &Platform) -> Result<Vec<u8>, AcpiError> {
     for (number, device) in platform.devices.iter().enumerate() {
         code.extend(node(number, device)?);
     }
-    code.extend(power());
+    code.extend(power(platform.pci_buses > 0));
+    if platform.pci_buses > 0 {
+        code.extend(pci::namespace(platform.pci_buses));
+    }
     let sleep = aml::Package::new(vec![&S5, &aml::ZERO, &aml::ZERO, &aml::ZERO]);
     code.extend(bytecode(&aml::Name::new("_S5_".into(), &sleep)));
     // Revision 2: integers have 64 bits.
@@ -221,7 +231,7 @@ fn resource(resource: &Resource) -> Box<dyn Aml> {
 }
 
 /// The power button, and the generic event device whose method asks the registers what happened (ACPI 6.5 §5.6.9).
-fn power() -> Vec<u8> {
+fn power(has_slots: bool) -> Vec<u8> {
     let mut code = bytecode(&aml::Device::new(
         "_SB_.PWRB".into(),
         vec![
@@ -244,11 +254,18 @@ fn power() -> Vec<u8> {
     );
     let events_field = aml::Path::new("EVTS");
     let status = aml::Store::new(&aml::Local(0), &events_field);
-    let pressed = aml::And::new(&aml::Local(1), &aml::Local(0), &aml::ONE);
+    let pressed = aml::And::new(&aml::Local(1), &aml::Local(0), &BUTTON_EVENT);
     let press = aml::Path::new("\\_SB_.PWRB");
     let notify = aml::Notify::new(&press, &0x80u8);
     let when = aml::If::new(&aml::Local(1), vec![&notify]);
-    let method = aml::Method::new("_EVT".into(), 1, true, vec![&status, &pressed, &when]);
+    let slots_told = aml::And::new(&aml::Local(1), &aml::Local(0), &SLOTS_EVENT);
+    let scan = aml::MethodCall::new(pci::SCAN.into(), vec![]);
+    let when_slots = aml::If::new(&aml::Local(1), vec![&scan]);
+    let mut body: Vec<&dyn Aml> = vec![&status, &pressed, &when];
+    if has_slots {
+        body.extend([&slots_told as &dyn Aml, &when_slots]);
+    }
+    let method = aml::Method::new("_EVT".into(), 1, true, body);
     let hid = "ACPI0013".to_owned();
     code.extend(bytecode(&aml::Device::new(
         "_SB_.GED0".into(),
@@ -294,7 +311,7 @@ mod tests {
     #[test]
     fn every_table_is_reached_from_the_root_with_a_right_checksum() {
         let ram = Ram::new(2 << 20).unwrap();
-        let platform = Platform { vcpus: 64, devices: vec![serial()] };
+        let platform = Platform { vcpus: 64, devices: vec![serial()], pci_buses: 9 };
         let root = write_tables(&ram, &platform).unwrap();
         let rsdp = read(&ram, root, 36);
         assert_eq!(&rsdp[..8], b"RSD PTR ");
@@ -303,7 +320,8 @@ mod tests {
         assert_eq!(sum(&xsdt), 0);
         let entries: Vec<_> =
             xsdt[36..].chunks(8).map(|a| table(&ram, u64::from_le_bytes(a.try_into().unwrap()))).collect();
-        assert_eq!([&entries[0][..4], &entries[1][..4]], [b"FACP", b"APIC"]);
+        let names: Vec<_> = entries.iter().map(|table| &table[..4]).collect();
+        assert_eq!(names, [b"FACP", b"APIC", b"MCFG"]);
         assert!(entries.iter().all(|table| sum(table) == 0));
         assert_eq!(entries[1].len(), 44 + 64 * 8 + 12);
         let dsdt = table(&ram, u64::from_le_bytes(entries[0][140..148].try_into().unwrap()));
@@ -315,7 +333,8 @@ mod tests {
         let ram = Ram::new(2 << 20).unwrap();
         for hid in ["", "PNP05", "pnp0501", "PNP050G", "TOOLONG12", "ÄPNP050"] {
             let node = AcpiNode { hid: hid.into(), ..serial() };
-            let error = write_tables(&ram, &Platform { vcpus: 1, devices: vec![node] }).unwrap_err();
+            let error =
+                write_tables(&ram, &Platform { vcpus: 1, devices: vec![node], pci_buses: 0 }).unwrap_err();
             assert!(matches!(error, AcpiError::HardwareId(id) if id == hid));
         }
     }
@@ -323,7 +342,7 @@ mod tests {
     #[test]
     fn tables_that_do_not_fit_are_refused() {
         let ram = Ram::new(2 << 20).unwrap();
-        let platform = Platform { vcpus: 1, devices: vec![serial(); 4000] };
+        let platform = Platform { vcpus: 1, devices: vec![serial(); 4000], pci_buses: 0 };
         assert!(matches!(write_tables(&ram, &platform), Err(AcpiError::TooLong(_))));
     }
 }

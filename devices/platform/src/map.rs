@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use tenon_core::Ram;
 
+use crate::pci::{ECAM_BASE, MAX_BUSES};
+
 /// Where the range that PC firmware keeps for itself begins.
 pub const EBDA_BASE: u64 = 0x9_fc00;
 /// Where the ACPI tables begin; old guests look for the root pointer from here on.
@@ -13,7 +15,8 @@ pub const ACPI_END: u64 = 0x10_0000;
 /// Where real-mode code jumps to reset, F000:FFF0. Tables end before it.
 pub const RESET_VECTOR: u64 = 0xf_fff0;
 
-/// Where register ranges are placed that leave their place to the host. The rest of the hole below 4 GiB is kept for PCI, and for interrupt controllers at its end.
+/// Where register ranges are placed that leave their place to the host. Of the hole below 4 GiB, PCI's BARs have what is below, its configuration space what follows, and interrupt
+/// controllers the end.
 pub const DEVICE_WINDOW: Range<u64> = 0xd000_0000..0xe000_0000;
 
 /// What a range of memory is.
@@ -52,5 +55,8 @@ pub fn memory_map(ram: &Ram) -> Vec<MemoryRange> {
             map.push(MemoryRange { start: from, size: end - from, kind: MemoryKind::Ram });
         }
     }
+    // PCI's configuration space, which guests use only where it is kept from everything else.
+    let ecam = MemoryRange { start: ECAM_BASE, size: u64::from(MAX_BUSES) << 20, kind: MemoryKind::Reserved };
+    map.insert(map.partition_point(|range| range.start < ECAM_BASE), ecam);
     map
 }
