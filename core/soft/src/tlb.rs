@@ -4,6 +4,10 @@
 //! address, or [`NONE`] where this kind of access must take the slow path: because the page is not mapped so, holds decoded code, is
 //! not yet in the dirty log, or is not RAM. The tag is compared with the page of the access's *last* byte at the index of its first
 //! one's page, so that an access that crosses into the next page misses as well.
+//!
+//! A vCPU that decodes a page tells those that have fast stores to it; they take them away and answer between two blocks, or before they
+//! forget that they had them. One limit: a vCPU that changes code and says so by a flag, both within the rest of the block in which the
+//! other one first decoded that page, is answered for only at the end of this block.
 #![allow(unsafe_code, reason = "host addresses of guest pages are computed here")]
 #![allow(clippy::cast_possible_truncation, reason = "offsets inside a page")]
 #![allow(clippy::cast_sign_loss, clippy::cast_possible_wrap, reason = "addresses are sign-extended")]

@@ -1,8 +1,7 @@
 //! What devices write: code that a vCPU has decoded and linked, and pages that the dirty log must have.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -281,55 +280,115 @@ fn the_dirty_log_has_the_writes_of_devices_and_of_vcpus() {
     assert!(!pages.contains(&0x20_7000) && !pages.contains(&0x20_9000));
 }
 
-#[test]
-fn no_write_is_lost_where_the_dirty_log_is_taken_while_vcpus_flush_their_translations() {
-    // As a migration copies memory: again and again the pages that were written meanwhile, and the last ones when the vCPUs stand.
-    const FIRST: u64 = 0x40_0000;
-    const PAGES: u64 = 256;
-    let mut guest = Guest::long();
-    guest.program(64, CODE, |a| {
-        let (mut round, mut page) = (a.create_label(), a.create_label());
-        a.mov(ebp, 400)?;
-        a.set_label(&mut round)?;
-        a.mov(esi, FIRST as u32)?;
-        a.set_label(&mut page)?;
-        a.inc(dword_ptr(rsi))?;
-        a.inc(dword_ptr(rsi + 4))?;
+/// A register whose write does something on the vCPU's thread, in the middle of a block.
+struct Register<F>(F);
+
+impl<F: Fn() + Send + Sync> Region for Register<F> {
+    fn read(&self, _: u64, _: u8) -> u64 {
+        0
+    }
+    fn write(&self, _: u64, _: u8, _: u64) {
+        self.0();
+    }
+}
+
+const REGISTER: u64 = 0x3000_0000;
+
+/// What makes a vCPU forget that it has been writing to the page at RSI.
+const FORGETTING: [fn(&mut CodeAssembler) -> Result<(), IcedError>; 4] = [
+    |a| {
         a.mov(rax, cr3)?;
-        a.mov(cr3, rax)?;
-        a.add(esi, 0x1000)?;
-        a.cmp(esi, (FIRST + PAGES * 0x1000) as i32)?;
-        a.jne(page)?;
-        a.dec(ebp)?;
-        a.jne(round)?;
-        a.out(STOP, al)
-    });
-    guest.vm.set_dirty_log(true).unwrap();
-    let (ram, vm, ended) = (guest.ram.clone(), guest.vm.clone(), AtomicBool::new(false));
-    let read = |page: u64| ram.map().read_obj::<u64>(GuestAddress(page)).unwrap();
-    let mut copy: BTreeMap<u64, u64> = (0..PAGES).map(|n| (FIRST + n * 0x1000, 0)).collect();
-    std::thread::scope(|scope| {
-        let ended = &ended;
-        let copier = scope.spawn(|| {
-            loop {
-                let last = ended.load(Ordering::Acquire);
-                for page in vm.take_dirty_log().unwrap() {
-                    if let Some(copied) = copy.get_mut(&page) {
-                        *copied = read(page);
-                    }
-                }
-                if last {
-                    break;
-                }
-            }
+        a.mov(cr3, rax)
+    },
+    |a| a.invlpg(byte_ptr(rsi)),
+    // The page whose translation is kept in the same place.
+    |a| a.mov(byte_ptr(rsi + 0x40_0000), 1),
+    |a| a.nop(),
+];
+
+#[test]
+fn no_write_is_lost_where_the_dirty_log_is_taken_in_the_middle_of_a_block() {
+    const WRITTEN: u64 = 0x20_3000;
+    for (n, forget) in FORGETTING.into_iter().enumerate() {
+        let mut guest = Guest::long();
+        guest.program(64, CODE, |a| {
+            a.mov(esi, WRITTEN as i32)?;
+            a.mov(byte_ptr(rsi), 1)?;
+            a.mov(byte_ptr(REGISTER), 1)?;
+            a.mov(byte_ptr(rsi), 2)?;
+            forget(a)?;
+            a.out(STOP, al)
         });
-        {
-            let _ended = Ended(ended);
-            guest.run();
-        }
-        copier.join().unwrap();
-    });
-    for (page, copied) in copy {
-        assert_eq!(copied, 400 | 400 << 32, "{page:#x}");
+        guest.vm.set_dirty_log(true).unwrap();
+        let (vm, taken) = (guest.vm.clone(), Arc::new(Mutex::new(Vec::new())));
+        let in_the_middle = taken.clone();
+        let take = Register(move || *in_the_middle.lock().unwrap() = vm.take_dirty_log().unwrap());
+        let claim = guest.mmio.claim("log", REGISTER, 1, Arc::new(take)).unwrap();
+        guest.run();
+        assert!(taken.lock().unwrap().contains(&WRITTEN));
+        assert!(guest.vm.take_dirty_log().unwrap().contains(&WRITTEN), "case {n}");
+        drop(claim);
+    }
+}
+
+#[test]
+fn a_vcpu_that_decodes_while_another_one_writes_hears_of_the_write() {
+    for (n, forget) in FORGETTING.into_iter().enumerate() {
+        let mut guest = guest(Clock::real().unwrap(), 2);
+        // MOV EAX, imm32; RET.
+        guest.load(PAGE + 3, &[0xb8, 1, 0, 0, 0, 0xc3]);
+        let call = |a: &mut CodeAssembler, when: i32| {
+            let mut wait = a.create_label();
+            a.set_label(&mut wait)?;
+            a.pause()?;
+            a.cmp(dword_ptr(SHARED), when)?;
+            a.jne(wait)?;
+            a.mov(rax, PAGE + 3)?;
+            a.call(rax)?;
+            a.mov(dword_ptr(GAVE), eax)?;
+            a.mov(dword_ptr(SEEN), when)
+        };
+        guest.program(64, OTHERS, |a| {
+            call(a, 1)?;
+            call(a, 2)?;
+            a.cli()?;
+            a.hlt()
+        });
+        guest.program(64, CODE, |a| {
+            let mut wait = a.create_label();
+            start_others(a)?;
+            a.mov(esi, PAGE as i32)?;
+            a.jmp(wait)?;
+            a.set_label(&mut wait)?;
+            // From here to the jump is one block: its stores are fast until what makes it forget.
+            a.mov(byte_ptr(rsi), 1)?;
+            a.mov(byte_ptr(REGISTER), 1)?;
+            a.mov(dword_ptr(rsi + 4), 2)?;
+            forget(a)?;
+            let (mut say, mut done) = (a.create_label(), a.create_label());
+            a.jmp(say)?;
+            a.set_label(&mut say)?;
+            a.mov(dword_ptr(SHARED), 2)?;
+            a.set_label(&mut done)?;
+            a.pause()?;
+            a.cmp(dword_ptr(SEEN), 2)?;
+            a.jne(done)?;
+            a.out(STOP, al)
+        });
+        let (ram, given) = (guest.ram.clone(), Arc::new(AtomicU32::new(0)));
+        let first = given.clone();
+        // The other vCPU decodes the function and returns from it, while this one is in the middle of its block.
+        let wait = Register(move || {
+            let pointer = Pointer::new(&ram);
+            pointer.word(SHARED).store(1, Ordering::Release);
+            while pointer.word(SEEN).load(Ordering::Acquire) != 1 {
+                std::thread::yield_now();
+            }
+            first.store(pointer.word(GAVE).load(Ordering::Acquire), Ordering::Release);
+        });
+        let claim = guest.mmio.claim("wait", REGISTER, 1, Arc::new(wait)).unwrap();
+        run(&mut guest, 2);
+        assert_eq!((given.load(Ordering::Acquire), guest.get::<u32>(GAVE)), (1, 2), "case {n}");
+        drop(claim);
     }
 }

@@ -76,6 +76,7 @@ impl Region for Ports {
 pub struct Guest {
     pub ram: Arc<Ram>,
     pub pio: Arc<Bus>,
+    pub mmio: Arc<Bus>,
     pub clock: Arc<Clock>,
     pub vm: Arc<dyn Vm>,
     pub vcpu: Box<dyn Vcpu>,
@@ -98,11 +99,11 @@ impl Guest {
     /// A machine whose first vCPU is as after a reset.
     pub fn new(clock: Arc<Clock>, vcpus: u32) -> Self {
         let ram = Ram::new(8 << 20).unwrap();
-        let pio = Bus::new(Space::Pio);
+        let (pio, mmio) = (Bus::new(Space::Pio), Bus::new(Space::Mmio));
         let setup = VmSetup {
             ram: ram.clone(),
             pio: pio.clone(),
-            mmio: Bus::new(Space::Mmio),
+            mmio: mmio.clone(),
             clock: clock.clone(),
             vcpus,
             cpu_model: CpuModel::Baseline,
@@ -112,7 +113,7 @@ impl Guest {
         let ports = Arc::new(Ports::default());
         assert!(ports.kick.set(vcpu.kicker()).is_ok() && ports.controller.set(vm.interrupts()).is_ok());
         let claim = pio.claim("test", NOTE as u64, 16, ports.clone()).unwrap();
-        let mut guest = Self { ram, pio, clock, vm, vcpu, ports, _claim: claim };
+        let mut guest = Self { ram, pio, mmio, clock, vm, vcpu, ports, _claim: claim };
         guest.lay_out();
         guest
     }
