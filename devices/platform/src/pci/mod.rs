@@ -17,7 +17,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tenon_core::{
-    Bus, BusError, Claim, Interrupts, IrqLine, Lifecycle, LineError, QueueDevice, Ram, Requests, Trigger,
+    Bus, BusError, Claim, Interrupts, IrqLine, Lifecycle, LineError, QueueDevice, Ram, Requests, Trigger, Vm,
 };
 
 use crate::encode::{Reader, Writer};
@@ -133,6 +133,8 @@ pub struct PciParts {
     pub requests: Requests,
     /// Where events of slots are told to the guest.
     pub power: Arc<PowerRegisters>,
+    /// The engine's VM, for doorbells that need no exit to this process; without it they are answered on the bus.
+    pub vm: Option<Arc<dyn Vm>>,
 }
 
 pub(crate) struct Slots {

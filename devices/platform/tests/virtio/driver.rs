@@ -179,6 +179,11 @@ impl Driver {
             [16 * u64::from(size), 6 + 2 * u64::from(size), 6 + 8 * u64::from(size)]
         }
         .map(|length| self.allocate(length));
+        self.queue_at(number, size, vector, places)
+    }
+
+    /// As [`Driver::queue`], with the ring's parts at these places, which are zero.
+    pub(crate) fn queue_at(&mut self, number: u16, size: u16, vector: u16, places: [u64; 3]) -> Ring {
         self.write(22, 2, number.into());
         self.write(24, 2, size.into());
         self.write(26, 2, vector.into());
@@ -232,6 +237,11 @@ pub(crate) struct Ring {
 }
 
 impl Ring {
+    /// Goes on in another machine with the same memory.
+    pub(crate) fn move_to(&mut self, machine: &TestMachine) {
+        (self.ram, self.mmio) = (machine.ram.clone(), machine.mmio.clone());
+    }
+
     pub(crate) fn poke<T: vm_memory::ByteValued>(&self, at: u64, value: T) {
         self.ram.map().write_obj(value, GuestAddress(at)).unwrap();
     }

@@ -65,6 +65,7 @@ impl TestMachine {
             interrupts,
             requests: requests.clone(),
             power,
+            vm: None,
         };
         let pci = Pci::new(parts, buses).unwrap();
         Self { ram, pio, mmio, controller, requests, pci, _power: claim }

@@ -3,5 +3,8 @@
 
 mod device;
 mod driver;
+mod life;
 mod machine;
+mod pci;
 mod queues;
+mod registers;
