@@ -120,6 +120,7 @@ impl Level {
 
 /// What a native plugin exports as [`crate::SYMBOL`]. It lives as long as the library is loaded.
 #[repr(C)]
+#[derive(Clone, Copy)]
 pub struct Plugin {
     /// [`crate::MAGIC`]. To be read before anything else.
     pub magic: [u8; 8],

@@ -7,7 +7,7 @@
 use std::ffi::c_void;
 use std::fmt;
 
-use crate::{Bytes, Sink, Status};
+use crate::{Bytes, DeviceError, Sink, Status};
 
 /// What a store is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -118,6 +118,13 @@ impl fmt::Display for StoreError {
 }
 
 impl std::error::Error for StoreError {}
+
+/// An operation that fails while a store is opened, resized or closed is what that call failed of.
+impl From<StoreError> for DeviceError {
+    fn from(error: StoreError) -> Self {
+        Self::Other(error.to_string())
+    }
+}
 
 /// Why a connection failed.
 #[derive(Clone, Debug, PartialEq, Eq)]

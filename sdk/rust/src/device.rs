@@ -165,7 +165,7 @@ impl Line {
 }
 
 /// A timer on the machine's clock. At its deadline the host calls [`Device::timer_fired`].
-pub struct Timer(sys::Timer);
+pub struct Timer(pub(crate) sys::Timer);
 
 impl Timer {
     /// Fires once, at `deadline` (nanoseconds of the machine's clock). A deadline that has passed fires at once. A deadline that was armed
@@ -187,7 +187,7 @@ impl Timer {
 }
 
 /// A two-way byte stream to the outside. The host buffers at most 64 KiB each way.
-pub struct Channel(sys::Channel);
+pub struct Channel(pub(crate) sys::Channel);
 
 impl Channel {
     /// Gives bytes to the outside. Returns how many were taken, from the front; the rest is for the device to keep or to drop.
@@ -234,9 +234,7 @@ pub fn log(level: Level, message: fmt::Arguments<'_>) {
 /// # Errors
 /// The device refuses.
 pub fn save<D: Device>(device: &D) -> Result<SavedState> {
-    let mut state = Encoder::new();
-    device.save(&mut state)?;
-    Ok(SavedState { schema: D::SCHEMA, data: state.into_bytes() })
+    crate::state::save(D::SCHEMA, |state| device.save(state))
 }
 
 /// Restores a device that was just started, as the host does: newer schemas, and bytes that the device left, are refused.
@@ -244,13 +242,5 @@ pub fn save<D: Device>(device: &D) -> Result<SavedState> {
 /// # Errors
 /// The state is not one of this device, or is damaged.
 pub fn restore<D: Device>(device: &mut D, state: &SavedState) -> Result<()> {
-    if !(1..=D::SCHEMA).contains(&state.schema) {
-        let (found, own) = (state.schema, D::SCHEMA);
-        return Err(Error::Schema(format!(
-            "it has schema {found}, and this version of the device reads 1 to {own}"
-        )));
-    }
-    let mut decoder = Decoder::new(state.schema, &state.data);
-    device.restore(&mut decoder)?;
-    decoder.finish()
+    crate::state::restore(D::SCHEMA, state, |state| device.restore(state))
 }

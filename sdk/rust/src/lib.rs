@@ -1,6 +1,14 @@
-//! Write Tenon plugins: devices and guest-OS personalities.
+//! Write Tenon plugins: devices, backing stores and guest-OS personalities.
 //!
-//! A plugin is a type that implements [`Device`] or [`Personality`], and one line that exports it:
+//! A plugin is a type that implements one of the traits, and one line that exports it:
+//!
+//! | trait | what it is | exported by |
+//! | --- | --- | --- |
+//! | [`Device`] | a device with registers | [`export_device!`] |
+//! | [`VirtioDevice`] | a device that is fed by queues of requests | [`export_virtio_device!`] |
+//! | [`Store`] | a backing store, on copies of the data | [`export_store!`] |
+//! | [`NativeStore`](store::NativeStore) | a backing store, native only, on the data itself | [`export_native_store!`] |
+//! | [`Personality`] | how a guest is loaded | [`export_personality!`] |
 //!
 //! ```
 //! use tenon_sdk::device::{Attachment, Decoder, Description, Device, Encoder, Result};
@@ -42,7 +50,7 @@
 //! ```
 //!
 //! The same source builds three ways: for `wasm32-unknown-unknown` it becomes a component whose imports are exactly the permissions that it
-//! uses; as a native `cdylib` it exports the table of `tenon-abi`; and in `cargo test` it runs in the test's own process, driven by
+//! uses; as a native library it has the table of `tenon-abi`; and in `cargo test` it runs in the test's own process, driven by
 //! `tenon-testkit`. What each function is called for, when, and on which thread is written in the WIT files of the contract,
 //! and repeated at the traits.
 
@@ -58,10 +66,14 @@ pub mod device;
 pub mod guest;
 pub mod personality;
 pub mod state;
+pub mod store;
+pub mod virtio;
 
 pub use config::Config;
 pub use device::Device;
 pub use personality::Personality;
+pub use store::Store;
+pub use virtio::VirtioDevice;
 
 #[doc(hidden)]
 pub use tenon_abi as abi;

@@ -42,3 +42,20 @@ pub(crate) unsafe fn answer(sink: Sink, result: Result<Vec<u8>, Vec<u8>>) -> Sta
     unsafe { sink.put(&bytes) };
     status
 }
+
+/// The length of an array that goes over the boundary; none is longer than a `u32` can say.
+pub(crate) fn count<T>(items: &[T]) -> u32 {
+    u32::try_from(items.len()).expect("an array that goes over the native boundary has fewer than 2^32 items")
+}
+
+/// An array of the other side.
+///
+/// # Safety
+/// The other side keeps to the convention: `count` items at `items` are good, and not written, while the call that brought them is running.
+pub(crate) unsafe fn slice<'a, T>(items: *const T, count: u32) -> &'a [T] {
+    if items.is_null() || count == 0 {
+        return &[];
+    }
+    // SAFETY: promised by the caller.
+    unsafe { std::slice::from_raw_parts(items, count as usize) }
+}

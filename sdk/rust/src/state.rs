@@ -3,7 +3,32 @@
 //!
 //! A decoder takes any bytes: it never panics and never allocates more than the state is long.
 
-use tenon_abi::DeviceError;
+use tenon_abi::{DeviceError, SavedState};
+
+/// Has a plugin write its state.
+pub(crate) fn save(
+    schema: u32,
+    save: impl FnOnce(&mut Encoder) -> Result<(), DeviceError>,
+) -> Result<SavedState, DeviceError> {
+    let mut state = Encoder::new();
+    save(&mut state)?;
+    Ok(SavedState { schema, data: state.into_bytes() })
+}
+
+/// Has a plugin that reads schemas 1 to `own` take over a state.
+pub(crate) fn restore(
+    own: u32,
+    state: &SavedState,
+    restore: impl FnOnce(&mut Decoder<'_>) -> Result<(), DeviceError>,
+) -> Result<(), DeviceError> {
+    let found = state.schema;
+    if !(1..=own).contains(&found) {
+        return Err(DeviceError::Schema(format!("it has schema {found}, and this version reads 1 to {own}")));
+    }
+    let mut decoder = Decoder::new(found, &state.data);
+    restore(&mut decoder)?;
+    decoder.finish()
+}
 
 /// Writes a state.
 #[derive(Clone, Debug, Default)]

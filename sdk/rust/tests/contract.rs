@@ -4,14 +4,17 @@
 
 use std::path::Path;
 
-use tenon_sdk::abi::{CONTRACT, DeviceHost, DeviceTable, PersonalityHost, PersonalityTable};
+use tenon_sdk::abi::{
+    CONTRACT, DeviceHost, DeviceTable, PersonalityHost, PersonalityTable, StoreHost, StoreTable, VirtioHost,
+    VirtioTable,
+};
 use wit_bindgen_core::wit_parser::{Function, FunctionKind, Resolve, WorldItem, WorldKey};
 
-/// The functions that a plugin of this kind imports and exports, by the names that the tables give them.
-fn functions(kind: &str) -> (Vec<String>, Vec<String>) {
+/// The functions that a plugin of the world `KIND-plugin` imports and exports, by the names that the tables give them.
+fn functions(package: &str, kind: &str) -> (Vec<String>, Vec<String>) {
     let mut resolve = Resolve::default();
     let (package, _) =
-        resolve.push_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../wit").join(kind)).unwrap();
+        resolve.push_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../wit").join(package)).unwrap();
     let name = &resolve.packages[package].name;
     assert_eq!(name.version.as_ref().unwrap().to_string(), CONTRACT, "{name}");
     let world = &resolve.worlds[resolve.packages[package].worlds[&format!("{kind}-plugin")]];
@@ -49,14 +52,28 @@ fn without<'a>(table: &[&'a str], own: &[&str]) -> Vec<&'a str> {
 
 #[test]
 fn a_native_device_is_offered_and_asked_what_the_wit_says() {
-    let (imports, exports) = functions("device");
+    let (imports, exports) = functions("device", "device");
     assert_eq!(without(DeviceHost::FUNCTIONS, &["panicked"]), imports);
     assert_eq!(without(DeviceTable::FUNCTIONS, &["create", "destroy"]), exports);
 }
 
 #[test]
 fn a_native_personality_is_offered_and_asked_what_the_wit_says() {
-    let (imports, exports) = functions("personality");
+    let (imports, exports) = functions("personality", "personality");
     assert_eq!(without(PersonalityHost::FUNCTIONS, &["panicked"]), imports);
     assert_eq!(without(PersonalityTable::FUNCTIONS, &[]), exports);
+}
+
+#[test]
+fn a_native_virtio_device_is_offered_and_asked_what_the_wit_says() {
+    let (imports, exports) = functions("device", "virtio");
+    assert_eq!(without(VirtioHost::FUNCTIONS, &["panicked"]), imports);
+    assert_eq!(without(VirtioTable::FUNCTIONS, &["create", "destroy"]), exports);
+}
+
+#[test]
+fn a_native_store_is_offered_and_asked_what_the_wit_says() {
+    let (imports, exports) = functions("store", "store");
+    assert_eq!(without(StoreHost::FUNCTIONS, &["connection_close", "done", "panicked"]), imports);
+    assert_eq!(without(StoreTable::FUNCTIONS, &["create", "destroy"]), exports);
 }

@@ -27,7 +27,7 @@ impl Line {
     }
 }
 
-pub(super) struct Timer(imports::time::Timer);
+pub(crate) struct Timer(pub(crate) imports::time::Timer);
 
 impl Timer {
     pub(super) fn arm(&self, deadline: u64) {
@@ -43,7 +43,7 @@ impl Timer {
     }
 }
 
-pub(super) struct Channel(imports::channels::Channel);
+pub(crate) struct Channel(pub(crate) imports::channels::Channel);
 
 impl Channel {
     pub(super) fn write(&self, bytes: &[u8]) -> usize {

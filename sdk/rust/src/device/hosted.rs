@@ -75,7 +75,7 @@ impl Line {
     }
 }
 
-pub(super) struct Timer(u32);
+pub(crate) struct Timer(pub(crate) u32);
 
 impl Timer {
     pub(super) fn arm(&self, deadline: u64) {
@@ -91,7 +91,7 @@ impl Timer {
     }
 }
 
-pub(super) struct Channel(u32);
+pub(crate) struct Channel(pub(crate) u32);
 
 impl Channel {
     pub(super) fn write(&self, bytes: &[u8]) -> usize {

@@ -1,0 +1,539 @@
+//! The virtio device as a native plugin: the table that calls it, and the host behind the host's table.
+#![allow(unsafe_code, reason = "the native tables are a foreign-function interface")]
+
+use std::ffi::c_void;
+
+use tenon_abi::{
+    Answer, Bytes, Handle, Level, Offloads, OperationDone, Plugin, PortInfo, Request, RequestRecord,
+    SavedState, Sink, Status, StoreInfo, VirtioHost, VirtioTable, wire,
+};
+
+use super::hosted::Range;
+use super::{Batch, Config, Error, Result, VirtioDevice, hosted};
+use crate::device::hosted as device;
+use crate::native::{answer, count, guard, slice};
+
+/// The plugin that [`crate::export_virtio_device!`] exports.
+#[must_use]
+pub const fn plugin(table: &'static VirtioTable) -> Plugin {
+    Plugin { virtio: Some(table), ..Plugin::EMPTY }
+}
+
+/// The table of a virtio device.
+#[must_use]
+pub const fn table<D: VirtioDevice>() -> VirtioTable {
+    VirtioTable {
+        size: VirtioTable::SIZE,
+        create: create::<D>,
+        destroy: destroy::<D>,
+        describe: describe::<D>,
+        start: start::<D>,
+        activate: activate::<D>,
+        config_read: config_read::<D>,
+        config_write: config_write::<D>,
+        requests_ready: requests_ready::<D>,
+        operations_done: operations_done::<D>,
+        port_ready: port_ready::<D>,
+        port_changed: port_changed::<D>,
+        store_changed: store_changed::<D>,
+        channel_readable: channel_readable::<D>,
+        channel_writable: channel_writable::<D>,
+        timer_fired: timer_fired::<D>,
+        adjust: adjust::<D>,
+        reset: reset::<D>,
+        save: save::<D>,
+        restore: restore::<D>,
+    }
+}
+
+struct Instance<D> {
+    host: Remote,
+    config: Option<Config>,
+    device: Option<D>,
+    trapped: bool,
+}
+
+/// The host's table with its context.
+#[derive(Clone, Copy)]
+struct Remote {
+    table: *const VirtioHost,
+    context: *mut c_void,
+}
+
+impl Remote {
+    fn table(&self) -> &VirtioHost {
+        // SAFETY: the host keeps its table until `destroy` has returned, and the instance that holds `self` ends there.
+        unsafe { &*self.table }
+    }
+
+    fn panicked(&self, message: &str) {
+        // SAFETY: called during a call from the host, with the context that it gave.
+        unsafe { (self.table().panicked)(self.context, Bytes::new(message.as_bytes())) }
+    }
+}
+
+/// What a read of a request or channel may bring at once.
+const MOST: u32 = 1 << 20;
+
+// In both of these: the host's function is called during a call from the host (handles work at no other time), with the context that
+// came with the table, and what is lent to it lives for the call.
+impl device::Host for Remote {
+    fn log(&self, level: Level, message: &str) {
+        // SAFETY: see above.
+        unsafe { (self.table().log_log)(self.context, level as u32, Bytes::new(message.as_bytes())) }
+    }
+
+    fn now(&self) -> u64 {
+        // SAFETY: see above.
+        unsafe { (self.table().time_now)(self.context) }
+    }
+
+    fn timer_arm(&self, timer: u32, deadline: u64) {
+        // SAFETY: see above.
+        unsafe { (self.table().timer_arm)(self.context, timer, deadline) }
+    }
+
+    fn timer_arm_periodic(&self, timer: u32, first: u64, period: u64) {
+        // SAFETY: see above.
+        unsafe { (self.table().timer_arm_periodic)(self.context, timer, first, period) }
+    }
+
+    fn timer_cancel(&self, timer: u32) {
+        // SAFETY: see above.
+        unsafe { (self.table().timer_cancel)(self.context, timer) }
+    }
+
+    fn wall_clock(&self) -> u64 {
+        // SAFETY: see above.
+        unsafe { (self.table().wall_clock_now)(self.context) }
+    }
+
+    fn line_set_level(&self, _line: u32, _high: bool) {}
+
+    fn line_pulse(&self, _line: u32) {}
+
+    fn channel_write(&self, channel: u32, bytes: &[u8]) -> u32 {
+        // SAFETY: see above.
+        unsafe { (self.table().channel_write)(self.context, channel, Bytes::new(bytes)) }
+    }
+
+    fn channel_read(&self, channel: u32, max: u32) -> Vec<u8> {
+        // The host holds no more than 64 KiB.
+        let max = max.min(64 << 10);
+        let mut buffer = vec![0; max as usize];
+        // SAFETY: see above; the buffer has room for `max` bytes.
+        let count = unsafe { (self.table().channel_read)(self.context, channel, buffer.as_mut_ptr(), max) };
+        buffer.truncate(count as usize);
+        buffer
+    }
+
+    fn request(&self, _request: Request) {}
+}
+
+impl hosted::Host for Remote {
+    fn read(&self, request: Handle, offset: u32, length: u32) -> Vec<u8> {
+        let length = length.min(MOST);
+        let mut buffer = vec![0; length as usize];
+        // SAFETY: see above; the buffer has room for `length` bytes.
+        let count = unsafe {
+            (self.table().requests_read)(self.context, request, offset, length, buffer.as_mut_ptr())
+        };
+        buffer.truncate(count as usize);
+        buffer
+    }
+
+    fn write(&self, request: Handle, offset: u32, bytes: &[u8]) -> u32 {
+        // SAFETY: see above.
+        unsafe { (self.table().requests_write)(self.context, request, offset, Bytes::new(bytes)) }
+    }
+
+    fn complete(&self, answers: &[Answer]) {
+        // SAFETY: see above.
+        unsafe { (self.table().requests_complete)(self.context, answers.as_ptr(), count(answers)) }
+    }
+
+    fn to_channel(&self, request: Handle, offset: u32, length: u32, channel: u32) -> u32 {
+        // SAFETY: see above.
+        unsafe { (self.table().requests_to_channel)(self.context, request, offset, length, channel) }
+    }
+
+    fn from_channel(&self, request: Handle, offset: u32, length: u32, channel: u32) -> u32 {
+        // SAFETY: see above.
+        unsafe { (self.table().requests_from_channel)(self.context, request, offset, length, channel) }
+    }
+
+    fn config_changed(&self) {
+        // SAFETY: see above.
+        unsafe { (self.table().requests_config_changed)(self.context) }
+    }
+
+    fn needs_reset(&self) {
+        // SAFETY: see above.
+        unsafe { (self.table().requests_needs_reset)(self.context) }
+    }
+
+    fn store_info(&self, store: u32) -> StoreInfo {
+        let mut output = Vec::new();
+        // SAFETY: see above.
+        unsafe { (self.table().store_info)(self.context, store, Sink::to(&mut output)) };
+        wire::decode_store_info(&output).expect("the host describes a store that it gave")
+    }
+
+    fn store_read(&self, store: u32, request: Handle, range: Range, success: &[u8]) {
+        let Range { offset, length, position } = range;
+        let success = Bytes::new(success);
+        // SAFETY: see above.
+        unsafe { (self.table().store_read)(self.context, store, request, offset, length, position, success) }
+    }
+
+    fn store_write(&self, store: u32, request: Handle, range: Range, success: &[u8]) {
+        let Range { offset, length, position } = range;
+        let success = Bytes::new(success);
+        // SAFETY: see above.
+        unsafe { (self.table().store_write)(self.context, store, request, offset, length, position, success) }
+    }
+
+    fn store_flush(&self, store: u32, request: Handle, success: &[u8]) {
+        // SAFETY: see above.
+        unsafe { (self.table().store_flush)(self.context, store, request, Bytes::new(success)) }
+    }
+
+    fn store_discard(&self, store: u32, request: Handle, position: u64, length: u64, success: &[u8]) {
+        let success = Bytes::new(success);
+        // SAFETY: see above.
+        unsafe { (self.table().store_discard)(self.context, store, request, position, length, success) }
+    }
+
+    fn store_write_zeroes(
+        &self,
+        store: u32,
+        request: Handle,
+        position: u64,
+        length: u64,
+        unmap: bool,
+        success: &[u8],
+    ) {
+        let (unmap, success) = (unmap.into(), Bytes::new(success));
+        let call = self.table().store_write_zeroes;
+        // SAFETY: see above.
+        unsafe { call(self.context, store, request, position, length, unmap, success) }
+    }
+
+    fn port_info(&self, port: u32) -> PortInfo {
+        let mut output = Vec::new();
+        // SAFETY: see above.
+        unsafe { (self.table().port_info)(self.context, port, Sink::to(&mut output)) };
+        wire::decode_port_info(&output).expect("the host describes a port that it gave")
+    }
+
+    fn port_accept(&self, port: u32, offloads: Offloads) {
+        // SAFETY: see above.
+        unsafe { (self.table().port_accept)(self.context, port, offloads.to_bits()) }
+    }
+
+    fn port_send(&self, port: u32, requests: &[Handle]) {
+        // SAFETY: see above.
+        unsafe { (self.table().port_send)(self.context, port, requests.as_ptr(), count(requests)) }
+    }
+
+    fn port_waiting(&self, port: u32, max: u32) -> Vec<u32> {
+        // No port keeps more.
+        let max = max.min(64 << 10);
+        let mut lengths = vec![0; max as usize];
+        // SAFETY: see above; there is room for `max` numbers.
+        let count = unsafe { (self.table().port_waiting)(self.context, port, max, lengths.as_mut_ptr()) };
+        lengths.truncate(count as usize);
+        lengths
+    }
+
+    fn port_receive(&self, port: u32, counts: &[u16], requests: &[Handle]) {
+        let (frames, handles) = (count(counts), count(requests));
+        // SAFETY: see above.
+        unsafe {
+            (self.table().port_receive)(
+                self.context,
+                port,
+                counts.as_ptr(),
+                frames,
+                requests.as_ptr(),
+                handles,
+            )
+        }
+    }
+
+    fn fill_random(&self, request: Handle, offset: u32, length: u32) -> u32 {
+        // SAFETY: see above.
+        unsafe { (self.table().entropy_fill)(self.context, request, offset, length) }
+    }
+
+    fn release_numbered(&self, request: Handle) -> u32 {
+        // SAFETY: see above.
+        unsafe { (self.table().guest_pages_release_numbered)(self.context, request) }
+    }
+
+    fn release_own(&self, request: Handle) -> u32 {
+        // SAFETY: see above.
+        unsafe { (self.table().guest_pages_release_own)(self.context, request) }
+    }
+
+    fn memory_size(&self) -> u64 {
+        // SAFETY: see above.
+        unsafe { (self.table().guest_pages_memory_size)(self.context) }
+    }
+}
+
+unsafe extern "C" fn create<D: VirtioDevice>(host: *const VirtioHost, context: *mut c_void) -> *mut c_void {
+    // SAFETY: the host gives a table, or null.
+    let table = unsafe { host.as_ref() };
+    if table.is_none_or(|table| table.size < VirtioHost::SIZE) {
+        return std::ptr::null_mut();
+    }
+    let host = Remote { table: host, context };
+    Box::into_raw(Box::new(Instance::<D> { host, config: None, device: None, trapped: false })).cast()
+}
+
+unsafe extern "C" fn destroy<D: VirtioDevice>(instance: *mut c_void) {
+    // SAFETY: the instance is one that `create` returned, and this is the last call with it.
+    let instance = unsafe { Box::from_raw(instance.cast::<Instance<D>>()) };
+    let host = instance.host;
+    let _ = guard(
+        |message| host.panicked(message),
+        move || {
+            hosted::enter(&host, || drop(instance));
+            Status::OK
+        },
+    );
+}
+
+/// Calls into an instance, with its host entered.
+///
+/// # Safety
+/// `instance` is one that `create::<D>` returned and `destroy` was not called for; no other call with it is running.
+unsafe fn with<D: VirtioDevice>(
+    instance: *mut c_void,
+    call: impl FnOnce(&mut Instance<D>) -> Status,
+) -> Status {
+    // SAFETY: promised by the caller.
+    let instance = unsafe { &mut *instance.cast::<Instance<D>>() };
+    if instance.trapped {
+        return Status::TRAPPED;
+    }
+    let host = instance.host;
+    let status = guard(|message| host.panicked(message), || hosted::enter(&host, || call(instance)));
+    instance.trapped = status == Status::TRAPPED;
+    status
+}
+
+/// Calls a device that was started. Otherwise as [`with`].
+///
+/// # Safety
+/// As [`with`].
+unsafe fn call<D: VirtioDevice>(instance: *mut c_void, call: impl FnOnce(&mut D)) -> Status {
+    // SAFETY: promised by the caller.
+    unsafe {
+        with::<D>(instance, |instance| {
+            call(instance.started());
+            Status::OK
+        })
+    }
+}
+
+impl<D> Instance<D> {
+    fn started(&mut self) -> &mut D {
+        self.device.as_mut().expect("the host starts a device before it calls it")
+    }
+}
+
+/// Puts the output, or the error.
+///
+/// # Safety
+/// The sink came in the call that is still running.
+unsafe fn finish(sink: Sink, result: Result<Vec<u8>>) -> Status {
+    // SAFETY: promised by the caller.
+    unsafe { answer(sink, result.map_err(|error| wire::encode_device_error(&error))) }
+}
+
+// In all of these: the host keeps to the convention of `tenon_abi`, so that the instance is one of ours and called once at a time,
+// and pointers, arrays, bytes and sinks are good for the call.
+
+unsafe extern "C" fn describe<D: VirtioDevice>(
+    instance: *mut c_void,
+    config: Bytes<'_>,
+    output: Sink,
+) -> Status {
+    // SAFETY: see above.
+    unsafe {
+        with::<D>(instance, |instance| {
+            let described = wire::decode_settings(config.as_slice())
+                .map_err(|error| Error::Other(error.to_string()))
+                .map(Config::new)
+                .and_then(|config| {
+                    let description = D::describe(&config)?;
+                    instance.config = Some(config);
+                    Ok(wire::encode_virtio_description(&description))
+                });
+            finish(output, described)
+        })
+    }
+}
+
+unsafe extern "C" fn start<D: VirtioDevice>(
+    instance: *mut c_void,
+    timers: u32,
+    channels: u32,
+    stores: u32,
+    ports: u32,
+    output: Sink,
+) -> Status {
+    // SAFETY: see above.
+    unsafe {
+        with::<D>(instance, |instance| {
+            let started = instance
+                .config
+                .take()
+                .ok_or_else(|| Error::Other("`start` was called before `describe`".into()))
+                .and_then(|config| D::start(&config, hosted::attachment(timers, channels, stores, ports)))
+                .map(|device| {
+                    instance.device = Some(device);
+                    Vec::new()
+                });
+            finish(output, started)
+        })
+    }
+}
+
+unsafe extern "C" fn activate<D: VirtioDevice>(instance: *mut c_void, features: u64, output: Sink) -> Status {
+    // SAFETY: see above.
+    unsafe {
+        with::<D>(instance, |instance| {
+            finish(output, instance.started().activate(features).map(|()| Vec::new()))
+        })
+    }
+}
+
+unsafe extern "C" fn config_read<D: VirtioDevice>(
+    instance: *mut c_void,
+    offset: u32,
+    size: u32,
+    value: *mut u64,
+) -> Status {
+    let size = u8::try_from(size).unwrap_or(8);
+    // SAFETY: see above.
+    unsafe { call::<D>(instance, |device| value.write(device.config_read(offset, size))) }
+}
+
+unsafe extern "C" fn config_write<D: VirtioDevice>(
+    instance: *mut c_void,
+    offset: u32,
+    size: u32,
+    value: u64,
+) -> Status {
+    let size = u8::try_from(size).unwrap_or(8);
+    // SAFETY: see above.
+    unsafe { call::<D>(instance, |device| device.config_write(offset, size, value)) }
+}
+
+unsafe extern "C" fn requests_ready<D: VirtioDevice>(
+    instance: *mut c_void,
+    queue: u32,
+    requests: *const RequestRecord,
+    count: u32,
+    heads: Bytes<'_>,
+) -> Status {
+    let queue = u16::try_from(queue).unwrap_or(u16::MAX);
+    // SAFETY: see above.
+    unsafe {
+        call::<D>(instance, |device| {
+            device.requests_ready(queue, &Batch::new(slice(requests, count), heads.as_slice()));
+        })
+    }
+}
+
+unsafe extern "C" fn operations_done<D: VirtioDevice>(
+    instance: *mut c_void,
+    done: *const OperationDone,
+    count: u32,
+) -> Status {
+    // SAFETY: see above.
+    unsafe { call::<D>(instance, |device| device.operations_done(slice(done, count))) }
+}
+
+unsafe extern "C" fn port_ready<D: VirtioDevice>(instance: *mut c_void, port: u32) -> Status {
+    // SAFETY: see above.
+    unsafe { call::<D>(instance, |device| device.port_ready(port)) }
+}
+
+unsafe extern "C" fn port_changed<D: VirtioDevice>(instance: *mut c_void, port: u32) -> Status {
+    // SAFETY: see above.
+    unsafe { call::<D>(instance, |device| device.port_changed(port)) }
+}
+
+unsafe extern "C" fn store_changed<D: VirtioDevice>(instance: *mut c_void, store: u32) -> Status {
+    // SAFETY: see above.
+    unsafe { call::<D>(instance, |device| device.store_changed(store)) }
+}
+
+unsafe extern "C" fn channel_readable<D: VirtioDevice>(instance: *mut c_void, channel: u32) -> Status {
+    // SAFETY: see above.
+    unsafe { call::<D>(instance, |device| device.channel_readable(channel)) }
+}
+
+unsafe extern "C" fn channel_writable<D: VirtioDevice>(instance: *mut c_void, channel: u32) -> Status {
+    // SAFETY: see above.
+    unsafe { call::<D>(instance, |device| device.channel_writable(channel)) }
+}
+
+unsafe extern "C" fn timer_fired<D: VirtioDevice>(instance: *mut c_void, timer: u32) -> Status {
+    // SAFETY: see above.
+    unsafe { call::<D>(instance, |device| device.timer_fired(timer)) }
+}
+
+unsafe extern "C" fn adjust<D: VirtioDevice>(
+    instance: *mut c_void,
+    key: Bytes<'_>,
+    value: Bytes<'_>,
+    output: Sink,
+) -> Status {
+    // SAFETY: see above.
+    unsafe {
+        with::<D>(instance, |instance| {
+            let (key, value) =
+                (String::from_utf8_lossy(key.as_slice()), String::from_utf8_lossy(value.as_slice()));
+            finish(output, instance.started().adjust(&key, &value).map(|()| Vec::new()))
+        })
+    }
+}
+
+unsafe extern "C" fn reset<D: VirtioDevice>(instance: *mut c_void) -> Status {
+    // SAFETY: see above.
+    unsafe { call::<D>(instance, D::reset) }
+}
+
+unsafe extern "C" fn save<D: VirtioDevice>(instance: *mut c_void, schema: *mut u32, output: Sink) -> Status {
+    // SAFETY: see above.
+    unsafe {
+        with::<D>(instance, |instance| {
+            let saved = super::save(instance.started());
+            let saved = saved.map(|state| {
+                schema.write(state.schema);
+                state.data
+            });
+            finish(output, saved)
+        })
+    }
+}
+
+unsafe extern "C" fn restore<D: VirtioDevice>(
+    instance: *mut c_void,
+    schema: u32,
+    data: Bytes<'_>,
+    output: Sink,
+) -> Status {
+    // SAFETY: see above.
+    unsafe {
+        with::<D>(instance, |instance| {
+            let state = SavedState { schema, data: data.as_slice().to_vec() };
+            finish(output, super::restore(instance.started(), &state).map(|()| Vec::new()))
+        })
+    }
+}
