@@ -160,6 +160,26 @@ fn what_is_no_plugin_is_not_quoted() {
 }
 
 #[test]
+fn a_folder_that_is_no_plugins_is_said_to_be_none() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    for what in ["inspect", "build", "test"] {
+        refused(&["plugin", what, words(folder.path())], 1, &[words(folder.path()), "no plugin"]);
+    }
+}
+
+#[test]
+fn a_plugin_that_does_not_load_is_shown_with_the_reason() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let manifest = std::fs::read(bundled("exit").join("plugin.toml")).expect("a bundled plugin");
+    std::fs::write(folder.path().join("plugin.toml"), manifest).expect("a file");
+    std::fs::write(folder.path().join("plugin.wasm"), "").expect("a file");
+    let (status, text, _) = outcome(&mut tenon(&["plugin", "inspect", words(folder.path())]));
+    assert_eq!(status, 0);
+    assert!(text.contains("does not load") && text.contains("plugin.wasm"), "{text}");
+    assert!(!text.contains("nothing"), "what it imports is not known: {text}");
+}
+
+#[test]
 fn a_missing_file_is_said_to_be_missing_once() {
     for words in [&["plugin", "inspect", "/nowhere/plugin"][..], &["run", "--kernel", "/nowhere/kernel"]] {
         let error = refused(words, 1, &["/nowhere/", "No such file"]);

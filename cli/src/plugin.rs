@@ -176,10 +176,16 @@ fn inspect(bundle: Bundle, json: bool) -> Result<()> {
         (true, false) => "component",
         _ => "native library only",
     };
-    let mut imports: Vec<String> = Vec::new();
-    for import in &about.imports {
-        imports.push(format!("{}: {}", import.interface, words(&import.functions)));
-    }
+    let imports: Vec<String> = about
+        .imports
+        .iter()
+        .map(|import| format!("{}: {}", import.interface, words(&import.functions)))
+        .collect();
+    let imports = match (&about.problem, imports.as_slice()) {
+        (Some(_), _) => "–".into(),
+        (None, []) => "nothing".into(),
+        (None, imports) => imports.join("\n"),
+    };
     table
         .add_row(["plugin", &format!("{} {} ({})", about.id, about.version, about.kind)])
         .add_row(["", &about.summary])
@@ -188,7 +194,7 @@ fn inspect(bundle: Bundle, json: bool) -> Result<()> {
         .add_row(["contract", &about.api])
         .add_row(["digest", about.digest.as_deref().unwrap_or("–")])
         .add_row(["may use", &words(&about.permissions)])
-        .add_row(["imports", &if imports.is_empty() { "nothing".into() } else { imports.join("\n") }])
+        .add_row(["imports", &imports])
         .add_row(["limits", &format!("{} of memory, {} ms a call", bytes(about.memory), about.deadline_ms)])
         .add_row(["on failure", &about.failure]);
     if about.kind == "device" {

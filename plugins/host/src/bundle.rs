@@ -62,6 +62,9 @@ pub enum BundleError {
         /// What is wrong with it.
         what: String,
     },
+    /// The directory is no plugin's.
+    #[error("{0}: there is no `plugin.toml` in this folder, so it is no plugin")]
+    NoManifest(String),
     /// There is neither a component nor a library.
     #[error("{0}: there is neither `plugin.wasm` nor `plugin.so` beside `plugin.toml`")]
     Empty(String),
@@ -110,6 +113,9 @@ impl Bundle {
 
     fn directory(path: &Path) -> Result<Self, BundleError> {
         let toml = path.join("plugin.toml");
+        if !toml.exists() {
+            return Err(BundleError::NoManifest(path.display().to_string()));
+        }
         let text = read(&toml, MAX_MANIFEST)?;
         let manifest = parse_manifest(&toml.display().to_string(), text)?;
         let wasm = path.join("plugin.wasm");

@@ -156,7 +156,7 @@ fn read_manifest(path: &Path) -> Result<(String, Manifest), Error> {
     if !is_file {
         return Err(Error::Manifest {
             path: path.to_owned(),
-            what: "there is no such file, so this is no plugin's folder; `tenon plugin new` makes one".into(),
+            what: "there is no such file, so the folder is no plugin; `tenon plugin new` makes one".into(),
         });
     }
     let text = fs::read_to_string(path).map_err(Error::io(path))?;
