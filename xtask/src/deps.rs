@@ -10,7 +10,7 @@ use crate::process::{capture, cargo};
 use crate::tree;
 
 /// Which packages of the workspace the packages in a folder may use. The first rule that fits a package is its own.
-const RULES: [(&str, Allowed); 16] = [
+const RULES: [(&str, Allowed); 17] = [
     ("core/machine", Allowed::These { code: &[], tests: &[] }),
     ("core/soft/fp", Allowed::These { code: &[], tests: &[] }),
     ("core/soft", Allowed::These { code: &["tenon-core", "tenon-soft-fp"], tests: &["tenon-platform"] }),
@@ -24,6 +24,7 @@ const RULES: [(&str, Allowed); 16] = [
     ("devices", Allowed::These { code: &["tenon-sdk"], tests: &["tenon-testkit"] }),
     ("plugins/personalities", Allowed::These { code: &["tenon-sdk"], tests: &["tenon-testkit"] }),
     ("plugins/stores", Allowed::These { code: &["tenon-sdk"], tests: &["tenon-testkit"] }),
+    ("plugins/net", Allowed::These { code: &["tenon-core"], tests: &[] }),
     (
         "plugins/host",
         Allowed::These { code: &["tenon-core", "tenon-abi"], tests: &["tenon-plugin-tool", "tenon-soft"] },

@@ -37,7 +37,7 @@ pub use engine::{CpuModel, CrashReport, Engine, EngineError, Kick, Stop, Vcpu, V
 pub use interrupt::{InterruptController, Interrupts, IrqLine, LineError, Msi, Trigger};
 pub use machine::{Lifecycle, Machine, MachineError, Request, Requests};
 pub use memory::{HIGH_BASE, LOW_END, MAX_MEMORY, MIN_MEMORY, MemoryError, Ram};
-pub use port::{FRAME_HEADER, NetworkPort, Offloads, PortInfo, PortNews};
+pub use port::{FRAME_HEADER, NetworkPort, Offloads, PortCounters, PortInfo, PortNews};
 pub use queue::{BrokenQueue, GuestRequest, QueueDevice, QueueProfile, QueueTransport, RequestQueue};
 pub use state::{StateError, Unit, Units};
 pub use written::{CodePages, CodeWatch, DirtyLog, PartWrites, RegionWrites};

@@ -31,6 +31,19 @@ pub struct PortInfo {
     pub receive: Offloads,
 }
 
+/// What a port has done since it was opened, in frames.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PortCounters {
+    /// Taken from the guest.
+    pub sent: u64,
+    /// Given to the guest.
+    pub received: u64,
+    /// From the guest and dropped: no room, a wrong header, or nowhere to go.
+    pub send_dropped: u64,
+    /// For the guest and dropped: no room, or of a kind that the driver does not accept.
+    pub receive_dropped: u64,
+}
+
 /// Where a guest's frames go. Called from any thread; nothing here blocks.
 pub trait NetworkPort: Send + Sync {
     /// What it is now.
@@ -50,6 +63,11 @@ pub trait NetworkPort: Send + Sync {
 
     /// Sets what is called when a frame comes after [`NetworkPort::waiting`] gave fewer than it was asked for, and when the port's description changes. It must not block and not call back.
     fn watch(&self, news: Box<dyn Fn(PortNews) + Send + Sync>);
+
+    /// What it has done. All zero for a port that does not count.
+    fn counters(&self) -> PortCounters {
+        PortCounters::default()
+    }
 }
 
 /// What happened to a port.
