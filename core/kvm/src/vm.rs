@@ -238,6 +238,7 @@ impl Vm for KvmVm {
         if *log != on {
             self.map_memory(on)?;
             *log = on;
+            self.shared.setup.ram.dirty_log().set(on);
         }
         Ok(())
     }
@@ -258,6 +259,11 @@ impl Vm for KvmVm {
                 }
             }
         }
+        // The kernel has logged what vCPUs wrote; devices' writes are logged where they are said.
+        let ram = &self.shared.setup.ram;
+        pages.extend(ram.dirty_log().take().into_iter().map(|page| ram.page_address(page)));
+        pages.sort_unstable();
+        pages.dedup();
         Ok(pages)
     }
 
