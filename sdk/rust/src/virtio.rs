@@ -287,6 +287,21 @@ fn missing(what: &str) -> Error {
     Error::Other(format!("the device takes one more {what} than its description asks for"))
 }
 
+/// The field of `size` bytes at `offset` of a configuration space, as [`VirtioDevice::config_read`] gives it. What lies past its end is zero.
+///
+/// ```
+/// let capacity = 2048_u64.to_le_bytes();
+/// assert_eq!(tenon_sdk::virtio::field(&capacity, 0, 8), 2048);
+/// assert_eq!(tenon_sdk::virtio::field(&capacity, 1, 2), 8);
+/// ```
+#[must_use]
+pub fn field(space: &[u8], offset: u32, size: u8) -> u64 {
+    let mut value = [0; 8];
+    let bytes = space.iter().skip(usize::try_from(offset).unwrap_or(usize::MAX)).take(size.into());
+    value.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+    u64::from_le_bytes(value)
+}
+
 /// Copies `length` bytes (at most 1 MiB) of the readable part from `offset`; fewer where the part ends. The driver may change what has not been read yet, so what
 /// was checked must not be read twice.
 #[must_use]
