@@ -14,6 +14,7 @@ pub mod fault;
 pub mod port;
 pub mod smp;
 pub mod tables;
+pub mod virtio;
 
 pub use fault::{Fault, guarded, user};
 
