@@ -178,7 +178,11 @@ impl Driver {
         } else {
             [16 * u64::from(size), 6 + 2 * u64::from(size), 6 + 8 * u64::from(size)]
         }
-        .map(|length| self.allocate(length));
+        .map(|length| {
+            let place = self.allocate(length);
+            self.ram.map().write_slice(&vec![0; length as usize], GuestAddress(place)).unwrap();
+            place
+        });
         self.queue_at(number, size, vector, places)
     }
 

@@ -3,8 +3,10 @@
 
 mod device;
 mod driver;
+mod hostile;
 mod life;
 mod machine;
 mod pci;
 mod queues;
+mod random;
 mod registers;
