@@ -25,7 +25,7 @@ pub use map::{
 };
 pub use pci::{
     CONFIG_PORTS, ECAM_BASE, HIGH_WINDOW, HIGH_WINDOW_OF_BUS, MAX_BUSES, MEMORY_WINDOW, MEMORY_WINDOW_OF_BUS,
-    PCI_GSIS, Pci, PciError, PciParts, PciSlot, SLOTS,
+    MSIX_DEVICES, PCI_GSIS, Pci, PciError, PciParts, PciSlot, SLOTS,
 };
 pub use power::{POWER_BUTTON_GSI, POWER_PORT, POWER_PORTS, PowerRegisters};
 pub use reset::{KEYBOARD_PORT, KeyboardReset, write_reset_vector};

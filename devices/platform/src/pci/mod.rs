@@ -46,6 +46,11 @@ pub const HIGH_WINDOW_OF_BUS: u64 = 1 << 30;
 /// The lines of INTA to INTD, level-triggered. The slots of a bus take turns.
 pub const PCI_GSIS: Range<u32> = 20..24;
 
+/// How many devices have MSI-X; those attached after them interrupt by their line. An x86 CPU has about 200 vectors, and Linux keeps
+/// two or three for each device with MSI-X on a machine of one vCPU (on a larger one it is more than one on *every* CPU). Where it has none left not even a
+/// line can be used, and the device is lost.
+pub const MSIX_DEVICES: usize = 64;
+
 /// The schema of the saved state.
 const SCHEMA: u32 = 1;
 
@@ -233,6 +238,7 @@ impl Pci {
             mmio: &self.parts.mmio,
             controller: self.parts.interrupts.controller(),
             line: self.parts.interrupts.line(name, Some(slot.gsi()), Trigger::Level)?,
+            has_msix: slots.functions.values().filter(|function| function.has_msix()).count() < MSIX_DEVICES,
             base: slot.base(),
         };
         slots.functions.insert(slot, Function::new(name, device, wiring)?);

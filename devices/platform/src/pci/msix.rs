@@ -34,7 +34,7 @@ pub(crate) struct Msix {
 }
 
 impl Msix {
-    /// `vectors` is 1 to [`MAX_VECTORS`].
+    /// `vectors` is at most [`MAX_VECTORS`]; with none, it cannot be enabled.
     pub(crate) fn new(vectors: u16, controller: Arc<dyn InterruptController>) -> Self {
         Self { entries: vec![POWER_ON; vectors.into()], control: 0, controller }
     }
@@ -54,7 +54,7 @@ impl Msix {
     }
 
     pub(crate) fn set_control(&mut self, control: u16) {
-        self.control = control & (ENABLE | MASK_ALL);
+        self.control = if self.entries.is_empty() { 0 } else { control & (ENABLE | MASK_ALL) };
         (0..self.entries.len()).for_each(|n| self.deliver_pending(n));
     }
 

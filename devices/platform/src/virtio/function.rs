@@ -58,8 +58,8 @@ pub(crate) struct Function {
     mmio: Arc<Bus>,
     config: Mutex<Config>,
     power_on: Config,
-    /// Where the MSI-X capability and the window into the BAR are.
-    msix_at: usize,
+    /// Where the MSI-X capability is, if there is one, and the window into the BAR.
+    msix_at: Option<usize>,
     window_at: usize,
     claim: Mutex<Option<Claim>>,
     me: Weak<Function>,
@@ -71,6 +71,8 @@ pub(crate) struct Wiring<'a> {
     pub(crate) mmio: &'a Arc<Bus>,
     pub(crate) controller: &'a Arc<dyn InterruptController>,
     pub(crate) line: IrqLine,
+    /// Whether it has MSI-X. Without it interrupts come by the line.
+    pub(crate) has_msix: bool,
     /// Where the BAR is at power-on.
     pub(crate) base: u64,
 }
@@ -111,16 +113,19 @@ impl Function {
     ) -> Result<Arc<Self>, PciError> {
         let profile = device.profile().clone();
         check(name, &profile)?;
-        let vectors = u16::try_from(profile.queues.len() + 1).unwrap_or(MAX_VECTORS).min(MAX_VECTORS);
+        let vectors = if wiring.has_msix { profile.queues.len() + 1 } else { 0 };
+        let vectors = u16::try_from(vectors).unwrap_or(MAX_VECTORS).min(MAX_VECTORS);
         let mut config = Config::new(identity(profile.device_type));
         config.add_bar(BAR_SIZE, wiring.base);
         config.add_interrupt(wiring.line.gsi().to_le_bytes()[0]);
         config.put(COMMAND, &MEMORY_ENABLE.to_le_bytes());
-        let mut msix = (vectors - 1).to_le_bytes().to_vec();
-        for place in [TABLE, PENDING] {
-            msix.extend(&place.to_le_bytes()[..4]);
-        }
-        let msix_at = config.add_capability(CAP_MSIX, &msix, &[0, 0xc0]);
+        let msix_at = vectors.checked_sub(1).map(|last| {
+            let mut msix = last.to_le_bytes().to_vec();
+            for place in [TABLE, PENDING] {
+                msix.extend(&place.to_le_bytes()[..4]);
+            }
+            config.add_capability(CAP_MSIX, &msix, &[0, 0xc0])
+        });
         let doorbells = profile.queues.len() as u64 * u64::from(NOTIFY_STEP);
         for (kind, offset, length) in
             [(CFG_COMMON, 0, 0x1000), (CFG_ISR, ISR, 1), (CFG_DEVICE, DEVICE, 0x1000)]
@@ -154,6 +159,10 @@ impl Function {
         Ok(function)
     }
 
+    pub(crate) fn has_msix(&self) -> bool {
+        self.msix_at.is_some()
+    }
+
     pub(crate) fn name(&self) -> &str {
         &self.name
     }
@@ -164,7 +173,8 @@ impl Function {
 
     /// Lets the claim on the bus and the interrupts follow what configuration space says.
     fn follow(&self, config: &Config) {
-        self.live.set_pci(config.u16(COMMAND) & INTX_DISABLE != 0, config.u16(self.msix_at + 2));
+        let msix = self.msix_at.map_or(0, |at| config.u16(at + 2));
+        self.live.set_pci(config.u16(COMMAND) & INTX_DISABLE != 0, msix);
         let mut claim = self.claim.lock().unwrap_or_else(PoisonError::into_inner);
         let wanted = config.bar();
         if claim.as_ref().map(|claim| claim.range().start) == wanted {

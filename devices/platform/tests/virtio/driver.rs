@@ -85,7 +85,7 @@ impl Driver {
             (at, bar + u64::from(config.read(at + 8, 4)))
         };
         let (notify_at, notify) = place(2);
-        let msix = config.capabilities(0x11)[0];
+        let msix = config.capabilities(0x11).first().copied().unwrap_or(0);
         Self {
             ram: machine.ram.clone(),
             mmio: machine.mmio.clone(),

@@ -167,6 +167,25 @@ fn without_msix_the_line_is_high_until_the_status_is_read() {
 }
 
 #[test]
+fn a_device_without_msix_interrupts_by_its_line() {
+    let machine = TestMachine::new(3);
+    for n in 0..tenon_platform::MSIX_DEVICES {
+        machine.attach(&format!("disk{n}"), &Echo::new(&[8]));
+    }
+    let device = Echo::new(&[8]);
+    let slot = machine.attach("echo", &device);
+    let mut driver = Driver::new(&machine, slot);
+    assert!(driver.negotiate(VERSION_1));
+    let mut ring = driver.queue(0, 8, 0);
+    assert_eq!(driver.read(26, 2), 0xffff);
+    driver.set_driver_ok();
+    let to = driver.allocate(16);
+    ring.add(&[(to, 16, F_WRITE)]);
+    device.work(0);
+    assert!(machine.controller.is_high(slot.gsi()) && machine.controller.take_msis().is_empty());
+}
+
+#[test]
 fn the_driver_hears_of_changed_configuration_and_of_failure() {
     let machine = TestMachine::new(1);
     let (device, driver, _ring) = running(&machine, 0, 8);
