@@ -86,21 +86,9 @@ impl<D: Device> Bench<D> {
     /// Lets time pass, in nanoseconds. Timers fire on the way.
     pub fn advance(&mut self, nanoseconds: u64) {
         let end = self.now().saturating_add(nanoseconds);
-        while let Some((timer, armed)) = self.outside.next_timer(end) {
-            let now = armed.deadline.max(self.now());
-            self.outside.now.set(now);
-            let next = armed.period.map(|period| crate::outside::Armed {
-                // Missed periods are not made up for.
-                deadline: armed.deadline.saturating_add(period * ((now - armed.deadline) / period + 1)),
-                period: armed.period,
-            });
-            self.outside.timers.borrow_mut()[timer as usize] = next;
+        while let Some(timer) = self.outside.fire_next(end) {
             self.call(|device| device.timer_fired(timer));
-            if next.is_some_and(|next| next.deadline == u64::MAX) {
-                break;
-            }
         }
-        self.outside.now.set(end);
     }
 
     /// When a timer fires next, if it is armed.
@@ -268,7 +256,7 @@ fn start<D: Device>(config: &Config, description: &Description, outside: &Outsid
     hosted::enter(outside, || D::start(config, hosted::attachment(lines, description.timers, channels)))
 }
 
-fn ones(size: u8) -> u64 {
+pub(crate) fn ones(size: u8) -> u64 {
     u64::MAX >> (64 - 8 * u32::from(size))
 }
 

@@ -4,6 +4,7 @@ use tenon_sdk::Device;
 use tenon_sdk::device::{Error, SavedState, Space};
 
 use crate::Bench;
+use crate::random::Random;
 
 /// How many random operations a device has to stand.
 const OPERATIONS: u32 = 20_000;
@@ -31,13 +32,13 @@ pub fn conformance<D: Device>(settings: &[(&str, &str)]) {
         Err(error) => panic!("the device does not start with {settings:?}: {error}"),
     };
     describes(&bench(), &bench());
-    let mut random = Random(0x7465_6e6f_6e00_0001);
+    let mut random = Random::new(0x7e17);
     let mut used = bench();
     for round in 0..8 {
         operate(&mut used, &mut random, OPERATIONS / 8);
         continues(&mut used, &mut random);
         assert!(used.save() == used.save(), "two saves in a row differ");
-        if round == 4 {
+        if round % 2 == 1 {
             resets(&mut used);
         }
     }
@@ -136,7 +137,7 @@ fn operate<D: Device>(bench: &mut Bench<D>, random: &mut Random, count: u32) -> 
                 Seen::Nothing
             }
             1 if channels > 0 => {
-                let bytes: Vec<u8> = (0..random.below(40)).map(|_| random.next().to_le_bytes()[0]).collect();
+                let bytes: Vec<u8> = (0..random.below(40)).map(|_| random.byte()).collect();
                 bench.push(random.index(channels), &bytes);
                 Seen::Nothing
             }
@@ -167,25 +168,4 @@ fn operate<D: Device>(bench: &mut Bench<D>, random: &mut Random, count: u32) -> 
             _ => Seen::Nothing,
         })
         .collect()
-}
-
-/// Xorshift64*: the same numbers in every run.
-#[derive(Clone)]
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit.max(1)
-    }
-
-    fn index(&mut self, length: usize) -> usize {
-        usize::try_from(self.below(length as u64)).unwrap_or(0)
-    }
 }

@@ -33,9 +33,25 @@
 mod bench;
 mod conformance;
 mod load;
+mod memory;
 mod outside;
+mod random;
+mod store;
+mod virtio;
 
 pub use bench::{Bench, ChannelEnd};
 pub use conformance::conformance;
 pub use load::{LoadBench, Loaded};
+pub use memory::{Counts, MemoryStore, On};
 pub use outside::LineState;
+pub use store::{StoreBench, StoreChecks, StoreSubject, store_conformance};
+pub use virtio::{
+    Answered, PortEnd, Ticket, VirtioBench, VirtioChannelEnd, VirtioSetup, VirtioSubject, blk_conformance,
+    virtio_conformance,
+};
+
+/// The conformance suites over any subject: a bench of this crate, or a plugin as a host has loaded it.
+pub mod suite {
+    pub use crate::store::store;
+    pub use crate::virtio::{blk, virtio};
+}

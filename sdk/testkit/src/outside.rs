@@ -38,6 +38,8 @@ pub(crate) struct Stream {
     pub(crate) capacity: usize,
     /// The device wants to be told of input: it has read less than it asked for, or not read yet.
     pub(crate) notify: bool,
+    /// The device wants to be told of room: it has offered more than was taken.
+    pub(crate) blocked: bool,
 }
 
 /// How many bytes the host buffers each way.
@@ -65,6 +67,7 @@ impl Outside {
             output: Vec::new(),
             capacity: BUFFER,
             notify: true,
+            blocked: false,
         };
         Self {
             now: Cell::new(0),
@@ -82,14 +85,34 @@ impl Outside {
     pub(crate) fn detach(&self) {
         self.timers.borrow_mut().fill(None);
         self.lines.borrow_mut().iter_mut().for_each(|line| line.high = false);
-        self.channels.borrow_mut().iter_mut().for_each(|channel| channel.notify = true);
+        self.channels.borrow_mut().iter_mut().for_each(|channel| {
+            channel.notify = true;
+            channel.blocked = false;
+        });
     }
 
     /// The timer that fires next, until `end`.
-    pub(crate) fn next_timer(&self, end: u64) -> Option<(u32, Armed)> {
+    fn next_timer(&self, end: u64) -> Option<(u32, Armed)> {
         let timers = self.timers.borrow();
         let armed = (0u32..).zip(timers.iter()).filter_map(|(n, timer)| Some((n, (*timer)?)));
         armed.filter(|(_, timer)| timer.deadline <= end).min_by_key(|(n, timer)| (timer.deadline, *n))
+    }
+
+    /// Lets time go on to the timer that fires next, until `end`, and arms it for its next period. Without such a timer, time goes on to `end`.
+    pub(crate) fn fire_next(&self, end: u64) -> Option<u32> {
+        let Some((timer, armed)) = self.next_timer(end) else {
+            self.now.set(end);
+            return None;
+        };
+        let now = armed.deadline.max(self.now.get());
+        self.now.set(now);
+        let next = armed.period.and_then(|period| {
+            // Missed periods are not made up for. Nothing fires at the end of time.
+            let deadline = armed.deadline.checked_add(period * ((now - armed.deadline) / period + 1))?;
+            Some(Armed { deadline, period: armed.period })
+        });
+        self.arm(timer, next);
+        Some(timer)
     }
 
     fn arm(&self, timer: u32, armed: Option<Armed>) {
@@ -141,6 +164,7 @@ impl hosted::Host for Outside {
         let Some(channel) = channels.get_mut(channel as usize) else { return 0 };
         let taken = bytes.len().min(channel.capacity.saturating_sub(channel.output.len()));
         channel.output.extend_from_slice(&bytes[..taken]);
+        channel.blocked |= taken < bytes.len();
         u32::try_from(taken).unwrap_or(u32::MAX)
     }
 

@@ -34,7 +34,7 @@ pub struct Built {
     pub id: String,
     /// The plugin's version.
     pub version: String,
-    /// What it is for: `device` or `personality`.
+    /// What it is for: `device`, `store` or `personality`.
     pub kind: String,
     /// The plugin's directory: `plugin.toml`, `plugin.wasm`, and `plugin.so` if asked for.
     pub directory: PathBuf,
@@ -81,8 +81,7 @@ pub fn build(folder: &Path, options: &BuildOptions) -> Result<Built, Error> {
             "the component imports `{foreign}`, which no host offers to a plugin; some dependency brings it in"
         )));
     }
-    let export = format!("tenon:{0}/{0}@", manifest.kind);
-    if !found.exports.iter().any(|name| name.starts_with(&export)) {
+    if !found.kinds().contains(&manifest.kind.as_str()) {
         return Err(Error::Manifest {
             path: manifest_path,
             what: format!(
@@ -220,9 +219,11 @@ fn compile(folder: &Path, target: Option<&str>, options: &BuildOptions) -> Resul
     command.args(["--lib", "--message-format=json-render-diagnostics"]);
     // Names are kept for backtraces; the rest of the debugging information would be most of the file.
     command.env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo");
-    if let Some(target) = target {
-        command.arg("--target").arg(target);
-    }
+    match target {
+        Some(target) => command.arg("--target").arg(target),
+        // A library that is loaded by name exports its table as a symbol; one that is linked into a program does not.
+        None => command.args(["--features", "tenon-sdk/export-symbol"]),
+    };
     let output =
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit()).output().map_err(
             |error| Error::Cargo(format!("running cargo: {error}; install Rust from https://rustup.rs")),

@@ -17,6 +17,21 @@ pub struct Component {
     pub foreign: Vec<String>,
 }
 
+impl Component {
+    /// What the component can be loaded as: the kinds of a manifest. A device is one of registers, or one that is fed by queues of requests.
+    #[must_use]
+    pub fn kinds(&self) -> Vec<&'static str> {
+        const KINDS: [(&str, &str); 4] = [
+            ("tenon:device/device@", "device"),
+            ("tenon:device/virtio-device@", "device"),
+            ("tenon:store/store@", "store"),
+            ("tenon:personality/personality@", "personality"),
+        ];
+        let exports = |interface: &str| self.exports.iter().any(|name| name.starts_with(interface));
+        KINDS.iter().filter(|(interface, _)| exports(interface)).map(|(_, kind)| *kind).collect()
+    }
+}
+
 /// Makes a component out of a core module that was built with `tenon-sdk` for `wasm32-unknown-unknown`.
 ///
 /// # Errors
@@ -24,7 +39,8 @@ pub struct Component {
 pub fn componentize(module: &[u8]) -> Result<Vec<u8>, Error> {
     let wrong = |error: &dyn std::fmt::Display| {
         Error::Component(format!(
-            "the compiled module is not a plugin: {error}; it must contain one `tenon_sdk::export_device!` or `export_personality!`, \
+            "the compiled module is not a plugin: {error}; it must contain one `tenon_sdk::export_device!`, \
+             `export_virtio_device!`, `export_store!` or `export_personality!`, \
              be built for wasm32-unknown-unknown, and import nothing else than the SDK does"
         ))
     };
@@ -72,5 +88,5 @@ pub fn inspect(component: &[u8]) -> Result<Component, Error> {
 }
 
 fn is_contract(name: &str) -> bool {
-    ["tenon:device/", "tenon:personality/"].iter().any(|package| name.starts_with(package))
+    ["tenon:device/", "tenon:store/", "tenon:personality/"].iter().any(|package| name.starts_with(package))
 }

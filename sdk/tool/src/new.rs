@@ -10,6 +10,10 @@ use crate::Error;
 pub enum Kind {
     /// A device with registers.
     Device,
+    /// A device that is fed by queues of requests. Its manifest says `device`, too.
+    Virtio,
+    /// A backing store.
+    Store,
     /// A personality: how a guest is loaded.
     Personality,
 }
@@ -30,6 +34,8 @@ fn files(kind: Kind) -> [(&'static str, &'static str); 6] {
     }
     match kind {
         Kind::Device => of!("device", "tests/device.rs"),
+        Kind::Virtio => of!("virtio", "tests/device.rs"),
+        Kind::Store => of!("store", "tests/store.rs"),
         Kind::Personality => of!("personality", "tests/personality.rs"),
     }
 }

@@ -55,6 +55,33 @@ fn a_new_personality_passes_its_tests_and_asks_for_images_and_memory() {
 }
 
 #[test]
+fn a_new_virtio_device_passes_its_tests_and_asks_for_requests_and_entropy() {
+    let folder = tempfile::tempdir().unwrap();
+    new("my-entropy", Kind::Virtio, folder.path(), None).unwrap();
+    let built = test(folder.path(), &BuildOptions { native: true, ..options() }).unwrap();
+    assert_eq!((built.kind.as_str(), built.unused), ("device", vec![]));
+    assert_eq!(built.permissions, ["requests", "entropy"]);
+    let component = inspect(&fs::read(&built.component).unwrap()).unwrap();
+    assert_eq!(component.exports, ["tenon:device/virtio-device@0.1.0"]);
+    assert_eq!(component.foreign, Vec::<String>::new());
+    let native = fs::read(built.native.unwrap()).unwrap();
+    assert!(native.windows(15).any(|window| window == b"tenon_plugin_v0"));
+}
+
+#[test]
+fn a_new_store_passes_its_tests_and_asks_for_lower_stores() {
+    let folder = tempfile::tempdir().unwrap();
+    new("my-part", Kind::Store, folder.path(), None).unwrap();
+    let built = test(folder.path(), &BuildOptions { native: true, ..options() }).unwrap();
+    assert_eq!((built.kind.as_str(), built.unused), ("store", vec![]));
+    assert_eq!(built.permissions, ["lower-stores"]);
+    let component = inspect(&fs::read(&built.component).unwrap()).unwrap();
+    assert_eq!(component.exports, ["tenon:store/store@0.1.0"]);
+    let native = fs::read(built.native.unwrap()).unwrap();
+    assert!(native.windows(15).any(|window| window == b"tenon_plugin_v0"));
+}
+
+#[test]
 fn what_the_code_uses_must_be_in_the_manifest() {
     let folder = tempfile::tempdir().unwrap();
     new("talker", Kind::Device, folder.path(), None).unwrap();
