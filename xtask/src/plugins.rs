@@ -12,6 +12,10 @@ use crate::{host, tree};
 /// Where bundled plugins are kept in the repository.
 const SHELVES: [&str; 3] = ["devices", "plugins/personalities", "plugins/stores"];
 
+/// Native stores: they are part of the command, and no components.
+const LINKED: [&str; 4] =
+    ["plugins/stores/file", "plugins/stores/memory", "plugins/stores/null", "plugins/stores/qcow2"];
+
 /// Builds the command and every bundled plugin; returns the command.
 ///
 /// # Errors
@@ -81,6 +85,7 @@ fn bundled() -> Result<Vec<PathBuf>> {
             found.extend(in_folder(&shelf)?);
         }
     }
+    found.retain(|folder| !LINKED.iter().any(|linked| folder.ends_with(linked)));
     found.sort();
     Ok(found)
 }
