@@ -238,6 +238,8 @@ pub(crate) fn fit(
 ) -> Result<(), FrameError> {
     let header = Header::parse(&frame)?;
     if header.fits(offloads) {
+        // Who accepts no offloads is not told that a checksum needs no look.
+        let header = Header { valid: header.valid && offloads.checksum, ..header };
         header.write(&mut frame);
         take(frame);
     } else if let (Some(large), Some(layout)) = (header.large, header.layout(&frame[FRAME_HEADER..])?) {

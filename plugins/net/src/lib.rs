@@ -2,7 +2,10 @@
 //!
 //! | kind | what it needs | what is at the other end |
 //! | --- | --- | --- |
-//! | [`UserNetwork`] | nothing | the host's own sockets: TCP and UDP out, forwards in |
+//! | `user` ([`UserNetwork`]) | nothing | the host's own sockets: TCP and UDP out, forwards in |
+//! | `tap:NAME` | an interface made for the user, or CAP_NET_ADMIN | the host's kernel |
+//! | `socket,listen=PATH` | a folder | a machine with `socket,connect=PATH` |
+//! | any with `pcap=FILE` ([`Recorder`]) | a file | a recording of all frames beside it |
 //!
 //! ```
 //! let spec = tenon_net::parse("user,forward=tcp:127.0.0.1:0-:22,mac=52:54:00:12:34:56")?;
@@ -13,11 +16,18 @@
 
 mod checksum;
 mod frame;
+mod fuzz;
 mod open;
+mod pcap;
+mod poll;
 mod queue;
+mod socket;
 mod spec;
+mod tap;
 mod user;
 
+pub use fuzz::fuzz_frame;
 pub use open::open;
+pub use pcap::Recorder;
 pub use spec::{Kind, NetworkError, SNAPLEN, Spec, local_mac, parse};
 pub use user::{Forward, Protocol, UserConfig, UserNetwork};

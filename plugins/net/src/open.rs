@@ -5,7 +5,10 @@ use std::sync::Arc;
 
 use tenon_core::NetworkPort;
 
+use crate::pcap::Recorder;
+use crate::socket::Cable;
 use crate::spec::{Kind, NetworkError, Spec, local_mac};
+use crate::tap::Tap;
 use crate::user::{UserConfig, UserNetwork};
 
 /// The longest packet if nothing is said.
@@ -31,12 +34,16 @@ pub fn open(spec: &Spec) -> Result<Arc<dyn NetworkPort>, NetworkError> {
                 NetworkError::new("user", format!("{what}: {error}"), remedy)
             })?
         }
-        Kind::Tap { .. } => {
-            return Err(NetworkError::new("tap", "is not built yet", "use user"));
-        }
-        Kind::Socket { .. } => {
-            return Err(NetworkError::new("socket", "is not built yet", "use user"));
-        }
+        Kind::Tap { name } => Tap::open(name, mac, spec.mtu)?,
+        Kind::Socket { path, listen } => Cable::open(path, *listen, mac, mtu)?,
     };
-    Ok(port)
+    let Some(path) = &spec.pcap else { return Ok(port) };
+    let recorder = Recorder::new(port, path, spec.snaplen).map_err(|error| {
+        NetworkError::new(
+            "pcap",
+            format!("{}: {error}", path.display()),
+            "name a file that this user may write, in a folder that is there",
+        )
+    })?;
+    Ok(recorder)
 }

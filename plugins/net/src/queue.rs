@@ -105,6 +105,14 @@ impl Inbox {
         lock(&self.waiting).watch = Some(news.into());
     }
 
+    /// Says that the port's description has changed.
+    pub(crate) fn changed(&self) {
+        let watch = lock(&self.waiting).watch.clone();
+        if let Some(watch) = watch {
+            watch(PortNews::Changed);
+        }
+    }
+
     /// Whether a frame would find room. If not, [`Inbox::receive`] says when there is.
     pub(crate) fn has_room(&self) -> bool {
         let mut waiting = lock(&self.waiting);

@@ -22,16 +22,14 @@ mod udp;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, UdpSocket};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
-use rustix::event::{EventfdFlags, eventfd};
-use rustix::fd::OwnedFd;
 use tenon_core::{Buffers, NetworkPort, Offloads, PortCounters, PortInfo, PortNews};
 
 use crate::frame::{Header, MAX_FRAME};
+use crate::poll::Bell;
 use crate::queue::{Counts, Inbox, Outbox};
-use stack::Stack;
+pub(crate) use stack::Stack;
 
 /// The gateway.
 pub(crate) const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
@@ -78,20 +76,11 @@ pub struct UserConfig {
 }
 
 /// What the port's thread shares with the guest's.
-struct Shared {
-    outbox: Outbox,
-    inbox: Arc<Inbox>,
-    counts: Arc<Counts>,
-    /// Wakes the thread.
-    wake: OwnedFd,
-    stop: AtomicBool,
-}
-
-impl Shared {
-    fn wake(&self) {
-        // It can only fail by being as awake as can be.
-        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
-    }
+pub(crate) struct Shared {
+    pub(crate) outbox: Outbox,
+    pub(crate) inbox: Arc<Inbox>,
+    pub(crate) counts: Arc<Counts>,
+    pub(crate) bell: Bell,
 }
 
 /// A user network.
@@ -137,14 +126,12 @@ impl UserNetwork {
             };
             forwards.push((forward.protocol, host));
         }
-        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|error| failed("making an eventfd")(error.into()))?;
+        let bell = Bell::new().map_err(failed("making an eventfd"))?;
         let shared = Arc::new(Shared {
             outbox: Outbox::default(),
             inbox: Arc::default(),
             counts: Arc::default(),
-            wake,
-            stop: AtomicBool::new(false),
+            bell,
         });
         let stack =
             Stack::new(shared.clone(), config, listeners, sockets).map_err(failed("watching the sockets"))?;
@@ -183,7 +170,7 @@ impl NetworkPort for UserNetwork {
             Header::parse(&bytes).is_ok()
                 && self.shared.outbox.push(bytes).is_some_and(|first| {
                     if first {
-                        self.shared.wake();
+                        self.shared.bell.ring();
                     }
                     true
                 })
@@ -200,7 +187,7 @@ impl NetworkPort for UserNetwork {
     fn receive(&self) -> Option<Vec<u8>> {
         let (frame, wake) = self.shared.inbox.receive();
         if wake {
-            self.shared.wake();
+            self.shared.bell.ring();
         }
         if frame.is_some() {
             Counts::add(&self.shared.counts.received);
@@ -219,10 +206,6 @@ impl NetworkPort for UserNetwork {
 
 impl Drop for UserNetwork {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Release);
-        self.shared.wake();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        self.shared.bell.stop(self.thread.take());
     }
 }

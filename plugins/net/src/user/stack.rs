@@ -4,7 +4,6 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rustix::event::{Timespec, epoll};
@@ -17,6 +16,7 @@ use super::tcp::{Fate, Flow, Key};
 use super::udp::{Forwards, Pair};
 use super::{DNS, GATEWAY, GUEST, MASK, Shared, UserConfig, gateway};
 use crate::checksum;
+use crate::poll::{BELL, Poll};
 use crate::queue::Counts;
 
 /// The most connections.
@@ -28,20 +28,19 @@ const SWEEP: Duration = Duration::from_secs(5);
 /// The first port at the gateway's address that stands for a connection from outside.
 const FIRST_PORT: u16 = 49152;
 
-const WAKE: u64 = 0;
 /// Where each kind of watched thing begins to count.
 const LISTENERS: u64 = 1 << 32;
 const FORWARDS: u64 = 2 << 32;
 const OTHERS: u64 = 3 << 32;
 
-pub(super) struct Stack {
+pub(crate) struct Stack {
     shared: Arc<Shared>,
     link: Link,
     /// The guest's MAC address, until it names another.
     mac: [u8; 6],
     restrict: bool,
     dns: Option<SocketAddr>,
-    epoll: rustix::fd::OwnedFd,
+    poll: Poll,
     start: Instant,
     now: Instant,
     next: u64,
@@ -63,31 +62,21 @@ pub(super) struct Stack {
     room: Vec<u8>,
 }
 
-fn watch(
-    epoll: &rustix::fd::OwnedFd,
-    source: impl rustix::fd::AsFd,
-    token: u64,
-    flags: epoll::EventFlags,
-) -> io::Result<()> {
-    Ok(epoll::add(epoll, source, epoll::EventData::new_u64(token), flags)?)
-}
-
 impl Stack {
-    pub(super) fn new(
+    pub(crate) fn new(
         shared: Arc<Shared>,
         config: &UserConfig,
         listeners: Vec<(TcpListener, SocketAddrV4)>,
         sockets: Vec<(UdpSocket, SocketAddrV4)>,
     ) -> io::Result<Self> {
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        watch(&epoll, &shared.wake, WAKE, epoll::EventFlags::IN)?;
+        let poll = Poll::new(&shared.bell)?;
         for (number, (listener, _)) in (0_u64..).zip(&listeners) {
             // By edge: a connection that cannot be taken must not keep the thread awake.
-            watch(&epoll, listener, LISTENERS + number, epoll::EventFlags::IN | epoll::EventFlags::ET)?;
+            poll.add(listener, LISTENERS + number, epoll::EventFlags::IN | epoll::EventFlags::ET)?;
         }
         let mut forwards = Forwards::default();
         for (number, (socket, guest)) in (0_u64..).zip(sockets) {
-            watch(&epoll, &socket, FORWARDS + number, epoll::EventFlags::IN)?;
+            poll.add(&socket, FORWARDS + number, epoll::EventFlags::IN)?;
             forwards.add(socket, guest);
         }
         let mut seed = [0; 8];
@@ -101,7 +90,7 @@ impl Stack {
             mac: config.mac,
             restrict: config.restrict,
             dns: config.dns,
-            epoll,
+            poll,
             start: now,
             now,
             next: OTHERS,
@@ -122,17 +111,25 @@ impl Stack {
         })
     }
 
+    /// Takes one frame beside a connection to port 22 of the guest, and does what follows from it, without waiting for anything.
+    pub(crate) fn try_frame(&mut self, stream: TcpStream, frame: Vec<u8>) {
+        self.adopt(SocketAddrV4::new(GUEST, 22), stream);
+        self.work();
+        let _ = self.frame(frame);
+        self.work();
+    }
+
+    fn work(&mut self) {
+        while let Some(id) = self.dirty.pop_front() {
+            self.pump(id);
+        }
+    }
+
     /// Runs until the port is dropped.
     pub(super) fn run(mut self) {
-        let mut events: Vec<epoll::Event> = Vec::with_capacity(256);
-        while !self.shared.stop.load(Ordering::Acquire) {
-            let timeout = self.timeout();
-            events.clear();
-            let waited =
-                epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref());
-            if let Err(error) = waited
-                && error != rustix::io::Errno::INTR
-            {
+        let mut events = Vec::new();
+        while !self.shared.bell.stopped() {
+            if let Err(error) = self.poll.wait(&mut events, self.timeout()) {
                 tracing::error!(%error, "the user network cannot wait for its sockets, and stops");
                 return;
             }
@@ -156,9 +153,7 @@ impl Stack {
                     }
                 }
             }
-            while let Some(id) = self.dirty.pop_front() {
-                self.pump(id);
-            }
+            self.work();
         }
     }
 
@@ -184,9 +179,8 @@ impl Stack {
 
     fn event(&mut self, token: u64, flags: epoll::EventFlags) {
         use epoll::EventFlags as Flags;
-        if token == WAKE {
-            let mut count = [0; 8];
-            let _ = rustix::io::read(&self.shared.wake, &mut count);
+        if token == BELL {
+            self.shared.bell.silence();
         } else if token < FORWARDS {
             self.take_connections(usize::try_from(token - LISTENERS).unwrap_or(0));
         } else if token < OTHERS {
@@ -430,7 +424,7 @@ impl Stack {
         let id = self.next;
         self.next += 1;
         let flags = Flags::IN | Flags::OUT | Flags::RDHUP | Flags::ET;
-        watch(&self.epoll, flow.stream(), id, flags).ok()?;
+        self.poll.add(flow.stream(), id, flags).ok()?;
         self.keys.insert(flow.key, id);
         self.flows.insert(id, flow);
         Some(id)
@@ -476,25 +470,29 @@ impl Stack {
                     return;
                 }
             };
-            if stream.set_nonblocking(true).is_err() {
-                continue;
+            if stream.set_nonblocking(true).is_ok() {
+                self.adopt(guest, stream);
             }
-            let _ = stream.set_nodelay(true);
-            self.make_room();
-            let key = loop {
-                let remote = SocketAddrV4::new(GATEWAY, FIRST_PORT + self.port % 16384);
-                self.port = self.port.wrapping_add(1);
-                let key = Key { guest, remote };
-                // There are far fewer connections than ports.
-                if !self.keys.contains_key(&key) {
-                    break key;
-                }
-            };
-            let (tick, seed, flows) = (self.tick(), self.random(), self.flows.len());
-            let flow = Flow::inward(&self.link, key, self.mac, stream, tick, seed, flows);
-            if let Some(id) = flow.and_then(|flow| self.insert(flow)) {
-                self.touch(id);
+        }
+    }
+
+    /// Carries a connection from outside on to the guest.
+    fn adopt(&mut self, guest: SocketAddrV4, stream: TcpStream) {
+        let _ = stream.set_nodelay(true);
+        self.make_room();
+        let key = loop {
+            let remote = SocketAddrV4::new(GATEWAY, FIRST_PORT + self.port % 16384);
+            self.port = self.port.wrapping_add(1);
+            let key = Key { guest, remote };
+            // There are far fewer connections than ports.
+            if !self.keys.contains_key(&key) {
+                break key;
             }
+        };
+        let (tick, seed, flows) = (self.tick(), self.random(), self.flows.len());
+        let flow = Flow::inward(&self.link, key, self.mac, stream, tick, seed, flows);
+        if let Some(id) = flow.and_then(|flow| self.insert(flow)) {
+            self.touch(id);
         }
     }
 
@@ -522,7 +520,7 @@ impl Stack {
         };
         let id = self.next;
         self.next += 1;
-        watch(&self.epoll, &pair.socket, id, epoll::EventFlags::IN).ok()?;
+        self.poll.add(&pair.socket, id, epoll::EventFlags::IN).ok()?;
         let sent = pair.send(packet.mac, ip, data, self.now);
         self.pair_keys.insert(key, id);
         self.pairs.insert(id, pair);

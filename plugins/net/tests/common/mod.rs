@@ -1,5 +1,6 @@
 //! A guest for tests: a network card over a port, and smoltcp as its kernel.
 #![allow(dead_code, unreachable_pub, reason = "each test program uses a part of it")]
+#![allow(clippy::cast_possible_truncation, clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::collections::VecDeque;
 use std::net::{Ipv4Addr, SocketAddrV4};
