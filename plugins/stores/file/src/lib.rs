@@ -5,10 +5,11 @@
 //! - `medium`: what was opened: checks, size, alignment, locks, and what a file and a block device do differently;
 //! - `transfer`: one operation under way: which bytes are still to be moved, and what an outcome means for it;
 //! - `uring`: reads, writes and flushes by io_uring;
-//! - `threads`: the same by system calls on a few threads, for hosts without io_uring; discards and zeroes go this way on every host.
+//! - `calls`: the same by system calls on a few `threads`, for hosts without io_uring; discards and zeroes go this way on every host.
 //!
 //! A file whose length is no multiple of 512 reads as if it were filled up with zeroes. A file that becomes shorter while it is open gives input and output errors.
 
+mod calls;
 mod lock;
 mod medium;
 mod threads;
@@ -21,6 +22,7 @@ use tenon_sdk::store::{
     Completions, Config, Level, NativeOperation, NativeStore, OperationKind, Result, StoreInfo,
 };
 
+use crate::calls::Calls;
 use crate::medium::{Medium, Settings};
 use crate::threads::Threads;
 use crate::transfer::Task;
@@ -43,7 +45,7 @@ enum Engine {
 pub struct FileStore {
     /// Dropped first: it waits for its operations.
     uring: Option<Uring>,
-    threads: Threads,
+    threads: Threads<Calls>,
     medium: Arc<Medium>,
     completions: Completions,
 }
@@ -69,7 +71,7 @@ impl NativeStore for FileStore {
                 }
             },
         };
-        let threads = Threads::new(medium.clone(), completions.clone());
+        let threads = Threads::new(Calls { medium: medium.clone(), completions: completions.clone() });
         let info = medium.info();
         Ok((Self { uring, threads, medium, completions }, info))
     }
