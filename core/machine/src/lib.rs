@@ -26,6 +26,7 @@ mod machine;
 mod memory;
 mod port;
 mod queue;
+mod rom;
 mod state;
 mod written;
 
@@ -39,5 +40,6 @@ pub use machine::{Lifecycle, Machine, MachineError, Request, Requests};
 pub use memory::{HIGH_BASE, LOW_END, MAX_MEMORY, MIN_MEMORY, MemoryError, Ram};
 pub use port::{FRAME_HEADER, NetworkPort, Offloads, PortCounters, PortInfo, PortNews};
 pub use queue::{BrokenQueue, GuestRequest, QueueDevice, QueueProfile, QueueTransport, RequestQueue};
+pub use rom::Rom;
 pub use state::{StateError, Unit, Units};
 pub use written::{CodePages, CodeWatch, DirtyLog, PartWrites, RegionWrites};

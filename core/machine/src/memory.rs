@@ -3,6 +3,8 @@
 //! Guest-physical layout: RAM from 0 up to [`LOW_END`], then the hole for memory-mapped I/O up to [`HIGH_BASE`], then the rest of RAM.
 //! The memory is taken from the host page by page when it is first touched.
 //!
+//! Firmware's read-only memory ([`Rom`]) lies in the hole.
+//!
 //! Whoever writes guest memory while a machine runs, and is not a vCPU, must say so: [`Ram::written`].
 
 use std::fs::File;
@@ -14,6 +16,7 @@ use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
 
+use crate::rom::{self, Rom};
 use crate::written::{CodePages, DirtyLog, RegionWrites, Writes};
 
 /// The end of RAM below 4 GiB; the addresses from here to [`HIGH_BASE`] are for memory-mapped I/O.
@@ -37,6 +40,14 @@ pub enum MemoryError {
     /// The host does not map it.
     #[error("mapping guest memory: {0}")]
     Map(#[from] MmapRegionError),
+    /// Read-only memory at an impossible place.
+    #[error("a ROM of {size:#x} bytes at {base:#x}: it must be whole 4 KiB pages between 3 GiB and 4 GiB")]
+    Rom {
+        /// The guest-physical address.
+        base: u64,
+        /// The length in bytes.
+        size: u64,
+    },
     /// The regions do not fit together.
     #[error("laying out guest memory: {0}")]
     Layout(String),
@@ -48,6 +59,7 @@ pub struct Ram {
     file: Arc<File>,
     size: u64,
     writes: Arc<Writes>,
+    roms: Vec<Rom>,
 }
 
 impl Ram {
@@ -56,6 +68,15 @@ impl Ram {
     /// # Errors
     /// The size is out of range, or the host refuses.
     pub fn new(size: u64) -> Result<Arc<Self>, MemoryError> {
+        Self::with_roms(size, Vec::new())
+    }
+
+    /// Makes `size` bytes of RAM, all zero, in a machine that has these ROMs.
+    ///
+    /// # Errors
+    /// The size is out of range, ROMs overlap, or the host refuses.
+    pub fn with_roms(size: u64, roms: Vec<Rom>) -> Result<Arc<Self>, MemoryError> {
+        rom::check(&roms)?;
         if !(MIN_MEMORY..=MAX_MEMORY).contains(&size) || !size.is_multiple_of(4096) {
             return Err(MemoryError::Size(size));
         }
@@ -73,7 +94,7 @@ impl Ram {
             regions.push(Self::region(&file, &writes, low, HIGH_BASE, size - low)?);
         }
         let map = GuestMemoryMmap::from_regions(regions).map_err(|e| MemoryError::Layout(e.to_string()))?;
-        Ok(Arc::new(Self { map, file, size, writes }))
+        Ok(Arc::new(Self { map, file, size, writes, roms }))
     }
 
     fn region(
@@ -117,6 +138,12 @@ impl Ram {
     /// [`Ram::written`].
     pub fn regions(&self) -> impl Iterator<Item = (u64, u64, *mut u8)> + '_ {
         self.map.iter().map(|region| (region.start_addr().0, region.len(), region.as_ptr()))
+    }
+
+    /// The read-only memory, which is no part of [`Ram::map`] and [`Ram::regions`].
+    #[must_use]
+    pub fn roms(&self) -> &[Rom] {
+        &self.roms
     }
 
     /// Says that `length` bytes at guest-physical `start` were written by someone else than a vCPU: a device, or the host's kernel on its

@@ -10,13 +10,16 @@ use crate::paging::PHYSICAL_BITS;
 /// EAX, EBX, ECX, EDX.
 pub(crate) type Leaf = [u32; 4];
 
-/// FPU DE PSE TSC MSR PAE CX8 APIC PGE CMOV PAT MMX FXSR: what leaves 1 and 0x80000001 share.
+/// Machine checks can be switched on in CR4, as PC firmware does without asking. None ever comes, and there is no architecture of banks (MCA).
+const MCE: u32 = 1 << 7;
+/// FPU DE PSE TSC MSR PAE MCE CX8 APIC PGE CMOV PAT MMX FXSR: what leaves 1 and 0x80000001 share.
 const COMMON: u32 = 1
     | 1 << 2
     | 1 << 3
     | 1 << 4
     | 1 << 5
     | 1 << 6
+    | MCE
     | 1 << 8
     | 1 << 9
     | 1 << 13
@@ -39,7 +42,7 @@ const LONG_MODE: u32 = 1 << 29;
 const CMP_LEGACY: u32 = 1 << 1;
 /// Bits of [`cr4`] that the features above allow.
 pub(crate) const CR4_ALLOWED: u64 =
-    cr4::TSD | cr4::DE | cr4::PSE | cr4::PAE | cr4::PGE | cr4::OSFXSR | cr4::OSXMMEXCPT;
+    cr4::TSD | cr4::DE | cr4::PSE | cr4::PAE | cr4::MCE | cr4::PGE | cr4::OSFXSR | cr4::OSXMMEXCPT;
 
 const LAST: u32 = 0x15;
 const LAST_EXTENDED: u32 = 0x8000_0008;

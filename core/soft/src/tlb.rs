@@ -2,7 +2,7 @@
 //!
 //! An entry holds one tag for each kind of access and the distance from linear to host address. A tag is the page's linear
 //! address, or [`NONE`] where this kind of access must take the slow path: because the page is not mapped so, holds decoded code, is
-//! not yet in the dirty log, or is not RAM. The tag is compared with the page of the access's *last* byte at the index of its first
+//! not yet in the dirty log, is ROM, or is neither. The tag is compared with the page of the access's *last* byte at the index of its first
 //! one's page, so that an access that crosses into the next page misses as well.
 //!
 //! A vCPU that decodes a page tells those that have fast stores to it; they take them away and answer between two blocks, or before they
@@ -17,7 +17,7 @@ use std::sync::atomic::{Ordering, fence};
 use tenon_core::CodePages;
 
 use crate::cpu::{Cpu, Fault, efer};
-use crate::mem::Access;
+use crate::mem::{Access, Mapping};
 use crate::paging;
 use crate::vm::{EV_INBOX, Notice};
 
@@ -64,9 +64,9 @@ impl Tlb {
 /// Where the bytes of an access are.
 #[derive(Clone, Copy)]
 pub(crate) enum Place {
-    /// RAM, contiguous.
+    /// RAM, contiguous; for reading and execution also ROM, which must not be written.
     Ram(*mut u8),
-    /// Not RAM: the guest-physical address.
+    /// Neither: the guest-physical address.
     Io(u64),
 }
 
@@ -91,6 +91,11 @@ impl Cpu {
         let page = address & PAGE;
         let mapping = paging::walk(self, address, access, user)?;
         let Some(index) = self.vm.page_index(mapping.phys) else {
+            if access != Access::Write
+                && let Some(host) = self.vm.rom_page(mapping.phys)
+            {
+                return Ok(self.place_rom(address, host, mapping, user));
+            }
             return Ok(Place::Io(mapping.phys & PAGE | address & 0xfff));
         };
         let host = self.vm.ram_page(index);
@@ -121,6 +126,26 @@ impl Cpu {
         tlb.shadow[slot] = mapping.phys & PAGE | if mapping.global { GLOBAL } else { 0 };
         // SAFETY: the offset stays inside the page.
         Ok(Place::Ram(unsafe { host.add((address & 0xfff) as usize) }))
+    }
+
+    /// Fills the TLB for a page of ROM, to which no store is ever fast. Its code is not registered anywhere, for it never changes.
+    #[cold]
+    fn place_rom(&mut self, address: u64, host: *const u8, mapping: Mapping, user: bool) -> Place {
+        let page = address & PAGE;
+        let slot = (address >> 12) as usize & (ENTRIES - 1);
+        if self.tlbs[usize::from(user)].entries[slot].write != NONE && self.owes_word() {
+            self.drop_write_tag(user, slot);
+        }
+        let tlb = &mut *self.tlbs[usize::from(user)];
+        tlb.entries[slot] = Entry {
+            read: page,
+            write: NONE,
+            exec: if mapping.exec { page } else { NONE },
+            addend: (host.expose_provenance() as u64).wrapping_sub(page),
+        };
+        tlb.shadow[slot] = mapping.phys & PAGE | if mapping.global { GLOBAL } else { 0 };
+        // SAFETY: the offset stays inside the page.
+        Place::Ram(unsafe { host.add((address & 0xfff) as usize) }.cast_mut())
     }
 
     /// A store hits decoded code: forgets the page's blocks, here and on the other vCPUs.

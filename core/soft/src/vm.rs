@@ -196,10 +196,25 @@ impl VmShared {
         self.page_index(phys).map(|index| unsafe { self.ram_page(index).add((phys & 0xfff) as usize) })
     }
 
-    /// Reads an aligned word of physical memory; all ones outside RAM.
+    /// The host address of the page of read-only memory that holds `phys`.
+    #[cold]
+    pub(crate) fn rom_page(&self, phys: u64) -> Option<*const u8> {
+        self.ram.roms().iter().find_map(|rom| {
+            let offset = phys.checked_sub(rom.base()).filter(|offset| *offset < rom.size())?;
+            // SAFETY: the offset is inside the ROM, which is made of whole pages and lives as long as `ram`.
+            Some(unsafe { rom.as_ptr().add((offset & !0xfff) as usize) })
+        })
+    }
+
+    /// Reads an aligned word of physical memory; all ones outside RAM and ROM.
     pub(crate) fn phys_read<T: crate::mem::Word>(&self, phys: u64) -> T {
-        match self.ram_ptr(phys, T::SIZE) {
-            // SAFETY: `ram_ptr` vouches for the bytes.
+        let rom = || {
+            let page = self.rom_page(phys).filter(|_| (phys & 0xfff) + T::SIZE <= 0x1000)?;
+            // SAFETY: the bytes lie in the page.
+            Some(unsafe { page.add((phys & 0xfff) as usize) }.cast_mut())
+        };
+        match self.ram_ptr(phys, T::SIZE).or_else(rom) {
+            // SAFETY: `ram_ptr` and `rom_page` vouch for the bytes.
             Some(p) => unsafe { T::load(p) },
             None => T::from_u64(u64::MAX),
         }

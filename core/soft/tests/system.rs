@@ -24,5 +24,7 @@ mod modes;
 mod paging;
 #[path = "system/rings.rs"]
 mod rings;
+#[path = "system/rom.rs"]
+mod rom;
 #[path = "system/several.rs"]
 mod several;

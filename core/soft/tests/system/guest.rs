@@ -98,7 +98,11 @@ pub fn assemble(
 impl Guest {
     /// A machine whose first vCPU is as after a reset.
     pub fn new(clock: Arc<Clock>, vcpus: u32) -> Self {
-        let ram = Ram::new(8 << 20).unwrap();
+        Self::with_ram(Ram::new(8 << 20).unwrap(), clock, vcpus)
+    }
+
+    /// The same with this RAM.
+    pub fn with_ram(ram: Arc<Ram>, clock: Arc<Clock>, vcpus: u32) -> Self {
         let (pio, mmio) = (Bus::new(Space::Pio), Bus::new(Space::Mmio));
         let setup = VmSetup {
             ram: ram.clone(),
