@@ -27,6 +27,8 @@ const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
 
 /// `_IOW(KVMIO, 0x79, struct kvm_ioeventfd)`
 const KVM_IOEVENTFD: libc::c_ulong = 0x4040_ae79;
+/// Flag of that call: end it.
+const IOEVENTFD_DEASSIGN: u32 = 1 << 2;
 
 /// The beginning of a saved state: the format, then its version.
 const MAGIC: &[u8; 8] = b"TNKVMVM\x01";
@@ -275,12 +277,33 @@ impl Vm for KvmVm {
     }
 
     fn register_ioeventfd(&self, event: BorrowedFd<'_>, address: u64, size: u8) -> Result<(), EngineError> {
+        self.set_ioeventfd(event, address, size, 0)
+    }
+
+    fn unregister_ioeventfd(&self, event: BorrowedFd<'_>, address: u64, size: u8) -> Result<(), EngineError> {
+        self.set_ioeventfd(event, address, size, IOEVENTFD_DEASSIGN)
+    }
+}
+
+impl KvmVm {
+    fn set_ioeventfd(
+        &self,
+        event: BorrowedFd<'_>,
+        address: u64,
+        size: u8,
+        flags: u32,
+    ) -> Result<(), EngineError> {
         if !matches!(size, 0 | 1 | 2 | 4 | 8) {
             return Err(EngineError::Invalid(format!("no access has {size} bytes")));
         }
         // The crate that makes the other calls knows sizes only together with values.
-        let request =
-            kvm_ioeventfd { addr: address, len: size.into(), fd: event.as_raw_fd(), ..Default::default() };
+        let request = kvm_ioeventfd {
+            addr: address,
+            len: size.into(),
+            fd: event.as_raw_fd(),
+            flags,
+            ..Default::default()
+        };
         // SAFETY: the kernel reads the structure, which has the size that the request's number says.
         match unsafe { libc::ioctl(self.shared.fd.as_raw_fd(), KVM_IOEVENTFD, &raw const request) } {
             -1 => Err(host("KVM_IOEVENTFD")(io::Error::last_os_error())),

@@ -109,6 +109,21 @@ pub trait Vm: Send + Sync {
         let _ = (event, address, size);
         Err(EngineError::Unsupported("ioeventfd"))
     }
+
+    /// Ends what [`Vm::register_ioeventfd`] began with the same event, address and size. Works while vCPUs run; a write that is under way
+    /// may still signal.
+    ///
+    /// # Errors
+    /// There is no such registration, or no such thing.
+    fn unregister_ioeventfd(
+        &self,
+        event: std::os::fd::BorrowedFd<'_>,
+        address: u64,
+        size: u8,
+    ) -> Result<(), EngineError> {
+        let _ = (event, address, size);
+        Err(EngineError::Unsupported("ioeventfd"))
+    }
 }
 
 /// A virtual CPU. It is driven by one thread at a time.

@@ -127,6 +127,18 @@ fn an_ioeventfd_takes_a_guests_write_without_an_exit() {
     assert_eq!(ended.value(), 3);
     assert_eq!((signals(&any), signals(&four)), (1, 1));
     assert_eq!(guest.mmio.taken(), [(0x200, 2, 9)]);
+    guest.vm.unregister_ioeventfd(any.as_fd(), NOTE_MMIO + 0x100, 0).unwrap();
+    assert!(guest.vm.unregister_ioeventfd(any.as_fd(), NOTE_MMIO + 0x100, 0).is_err());
+    let ended = guest.play(Mode::Long, |a| {
+        a.mov(rdi, NOTE_MMIO).unwrap();
+        a.mov(word_ptr(rdi + 0x100), 7u32).unwrap();
+        a.mov(dword_ptr(rdi + 0x200), 7u32).unwrap();
+        a.mov(eax, 4u32).unwrap();
+        exit(a);
+    });
+    assert_eq!(ended.value(), 4);
+    assert_eq!((signals(&any), signals(&four)), (0, 1));
+    assert_eq!(guest.mmio.taken(), [(0x100, 2, 7)]);
 }
 
 #[test]

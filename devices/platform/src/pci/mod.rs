@@ -22,6 +22,7 @@ use tenon_core::{
 
 use crate::encode::{Reader, Writer};
 use crate::power::PowerRegisters;
+use crate::virtio::doorbell::Doorbells;
 use crate::virtio::function::{BAR_SIZE, Function, Wiring};
 use access::{Ecam, Ports};
 use config::{Config, Identity};
@@ -153,6 +154,7 @@ pub struct Pci {
     parts: PciParts,
     slots: Arc<Mutex<Slots>>,
     hotplug: Arc<HotPlug>,
+    doorbells: Option<Arc<Doorbells>>,
     _claims: Vec<Claim>,
     /// Held so that nobody takes the lines for himself while no device has them.
     _lines: Vec<IrqLine>,
@@ -197,7 +199,19 @@ impl Pci {
         let lines = PCI_GSIS
             .map(|gsi| parts.interrupts.line("pci", Some(gsi), Trigger::Level))
             .collect::<Result<_, _>>()?;
-        Ok(Arc::new(Self { parts, slots, hotplug, _claims: vec![ecam, ports, events], _lines: lines }))
+        let doorbells = parts.vm.clone().and_then(|vm| {
+            Doorbells::new(vm)
+                .inspect_err(|error| tracing::warn!("doorbells are answered on the bus: {error}"))
+                .ok()
+        });
+        Ok(Arc::new(Self {
+            parts,
+            slots,
+            hotplug,
+            doorbells,
+            _claims: vec![ecam, ports, events],
+            _lines: lines,
+        }))
     }
 
     /// The number of buses.
@@ -238,6 +252,7 @@ impl Pci {
             mmio: &self.parts.mmio,
             controller: self.parts.interrupts.controller(),
             line: self.parts.interrupts.line(name, Some(slot.gsi()), Trigger::Level)?,
+            doorbells: self.doorbells.clone(),
             has_msix: slots.functions.values().filter(|function| function.has_msix()).count() < MSIX_DEVICES,
             base: slot.base(),
         };

@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use tenon_core::{Bus, Claim, InterruptController, IrqLine, QueueDevice, QueueProfile, Ram, Region};
 
+use super::doorbell::{Doorbells, Hung, Ring};
 use super::registers::Registers;
 use super::session::Live;
 use crate::encode::{Reader, Writer};
@@ -53,6 +54,7 @@ pub(crate) struct Function {
     name: String,
     device: Arc<dyn QueueDevice>,
     config_size: u64,
+    queues: usize,
     registers: Registers,
     live: Arc<Live>,
     mmio: Arc<Bus>,
@@ -61,8 +63,15 @@ pub(crate) struct Function {
     /// Where the MSI-X capability is, if there is one, and the window into the BAR.
     msix_at: Option<usize>,
     window_at: usize,
-    claim: Mutex<Option<Claim>>,
+    place: Mutex<Option<Place>>,
+    doorbells: Option<Arc<Doorbells>>,
     me: Weak<Function>,
+}
+
+/// Where the BAR is on the bus.
+struct Place {
+    claim: Claim,
+    _bells: Vec<Hung>,
 }
 
 /// What a function is made with.
@@ -71,6 +80,7 @@ pub(crate) struct Wiring<'a> {
     pub(crate) mmio: &'a Arc<Bus>,
     pub(crate) controller: &'a Arc<dyn InterruptController>,
     pub(crate) line: IrqLine,
+    pub(crate) doorbells: Option<Arc<Doorbells>>,
     /// Whether it has MSI-X. Without it interrupts come by the line.
     pub(crate) has_msix: bool,
     /// Where the BAR is at power-on.
@@ -146,13 +156,15 @@ impl Function {
             registers: Registers::new(wiring.ram, device.clone(), live.clone()),
             device,
             config_size: profile.config_size.into(),
+            queues: profile.queues.len(),
             live,
             mmio: wiring.mmio.clone(),
             config: Mutex::new(config.clone()),
             power_on: config,
             msix_at,
             window_at,
-            claim: Mutex::new(None),
+            place: Mutex::new(None),
+            doorbells: wiring.doorbells,
             me: me.clone(),
         });
         function.follow(&function.config());
@@ -175,20 +187,32 @@ impl Function {
     fn follow(&self, config: &Config) {
         let msix = self.msix_at.map_or(0, |at| config.u16(at + 2));
         self.live.set_pci(config.u16(COMMAND) & INTX_DISABLE != 0, msix);
-        let mut claim = self.claim.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
         let wanted = config.bar();
-        if claim.as_ref().map(|claim| claim.range().start) == wanted {
+        if place.as_ref().map(|place| place.claim.range().start) == wanted {
             return;
         }
-        *claim = None;
+        *place = None;
         if let Some(base) = wanted {
             let region = Arc::new(Bar(self.me.clone()));
             // Where something else is already, the function is not to be seen; so it is where a sizing driver puts it for a moment.
             match self.mmio.claim(&self.name, base, BAR_SIZE, region) {
-                Ok(new) => *claim = Some(new),
+                Ok(claim) => *place = Some(Place { claim, _bells: self.hang_bells(base) }),
                 Err(error) => tracing::debug!("{error}"),
             }
         }
+    }
+
+    /// Hangs the doorbells that need no exit, as many as there are to be had.
+    fn hang_bells(&self, base: u64) -> Vec<Hung> {
+        let Some(doorbells) = &self.doorbells else { return Vec::new() };
+        let queues = 0..u16::try_from(self.queues).unwrap_or(u16::MAX);
+        let hang = |queue: u16| {
+            let address = base + NOTIFY + u64::from(queue) * u64::from(NOTIFY_STEP);
+            let me: Weak<dyn Ring> = self.me.clone();
+            doorbells.hang(address, queue, me)
+        };
+        queues.map_while(hang).collect()
     }
 
     /// The guest reads configuration space: `size` is 1, 2 or 4, and the access is aligned.
@@ -254,7 +278,7 @@ impl Function {
 
     /// The function leaves its slot: the device stops for good, and what accesses are under way do nothing.
     pub(crate) fn remove(&self) {
-        *self.claim.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.place.lock().unwrap_or_else(PoisonError::into_inner) = None;
         self.registers.remove();
     }
 
@@ -293,6 +317,14 @@ fn capability(kind: u8, offset: u64, length: u64, more: &[u8]) -> Vec<u8> {
     body
 }
 
+impl Ring for Function {
+    fn ring(&self, queue: u16) {
+        if usize::from(queue) < self.queues && self.registers.is_running() {
+            self.device.notify(queue);
+        }
+    }
+}
+
 impl Region for Function {
     fn read(&self, offset: u64, size: u8) -> u64 {
         let end = offset + u64::from(size);
@@ -325,11 +357,7 @@ impl Region for Function {
             }
             NOTIFY => {
                 let queue = (offset - NOTIFY) / u64::from(NOTIFY_STEP);
-                if let Ok(queue) = u16::try_from(queue)
-                    && self.registers.is_running()
-                {
-                    self.device.notify(queue);
-                }
+                self.ring(u16::try_from(queue).unwrap_or(u16::MAX));
             }
             TABLE..PENDING if matches!(size, 4 | 8) && offset.is_multiple_of(size.into()) => {
                 let word = usize::try_from((offset - TABLE) / 4).unwrap_or(usize::MAX);

@@ -8,9 +8,11 @@
 //! | `queue` | a queue as its device holds it |
 //! | `session` | status byte and interrupts, shared by queues and registers |
 //! | `registers` | the common configuration and the state machine |
+//! | `doorbell` | doorbells that are events of the engine |
 //! | `function` | the PCI function: configuration space, BAR, doorbells |
 
 pub(crate) mod chain;
+pub(crate) mod doorbell;
 pub(crate) mod function;
 pub(crate) mod memory;
 pub(crate) mod packed;

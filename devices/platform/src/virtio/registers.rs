@@ -342,7 +342,10 @@ impl Registers {
     /// Takes over what [`Registers::save`] wrote, on a device that was reset. It starts when the machine goes on.
     pub(crate) fn restore(&self, from: &mut Reader) -> Result<(), String> {
         let mut control = self.control();
-        self.reset_locked(&mut control);
+        // A device that has not started has nothing to stop, and may have its own state back already.
+        if control.session.is_some() {
+            self.reset_locked(&mut control);
+        }
         (control.device_select, control.driver_select) = (from.u32()?, from.u32()?);
         (control.driver_features, control.queue_select) = (from.u64()?, from.u16()?);
         let features = control.driver_features;

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use tenon_core::{
-    Bus, Claim, InterruptController, Interrupts, Msi, QueueDevice, Ram, Requests, Space, Trigger,
+    Bus, Claim, InterruptController, Interrupts, Msi, QueueDevice, Ram, Requests, Space, Trigger, Vm,
 };
 use tenon_platform::{POWER_BUTTON_GSI, POWER_PORT, POWER_PORTS, Pci, PciParts, PciSlot, PowerRegisters};
 
@@ -49,6 +49,10 @@ pub(crate) const RAM: u64 = 16 << 20;
 
 impl TestMachine {
     pub(crate) fn new(buses: u8) -> Self {
+        Self::with_vm(buses, None)
+    }
+
+    pub(crate) fn with_vm(buses: u8, vm: Option<Arc<dyn Vm>>) -> Self {
         let ram = Ram::new(RAM).unwrap();
         let (pio, mmio) = (Bus::new(Space::Pio), Bus::new(Space::Mmio));
         let controller = Arc::new(Controller::default());
@@ -64,7 +68,7 @@ impl TestMachine {
             interrupts,
             requests: requests.clone(),
             power,
-            vm: None,
+            vm,
         };
         let pci = Pci::new(parts, buses).unwrap();
         Self { ram, pio, mmio, controller, requests, pci, _power: claim }

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 mod device;
+mod doorbells;
 mod driver;
 mod hostile;
 mod life;
