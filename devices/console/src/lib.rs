@@ -233,7 +233,7 @@ impl VirtioDevice for Console {
         for (port, due) in self.ports.iter().zip(&self.due) {
             let sent = port.sent();
             state.bool(port.open).u8(due.bits());
-            state.u32(sent.request.0).u32(sent.length).u32(sent.offset);
+            state.u32(sent.length).u32(sent.offset);
         }
         Ok(())
     }
@@ -244,11 +244,11 @@ impl VirtioDevice for Console {
         for (port, due) in self.ports.iter_mut().zip(&mut self.due) {
             port.open = state.bool()?;
             *due = Due::from_bits(state.u8()?);
-            let (request, length, offset) = (Handle(state.u32()?), state.u32()?, state.u32()?);
+            let (length, offset) = (state.u32()?, state.u32()?);
             if offset > length {
                 return Err(state.invalid("more of a request was sent than it has"));
             }
-            port.set_sent(Sent { request, length, offset });
+            port.set_sent(Sent { length, offset });
         }
         Ok(())
     }

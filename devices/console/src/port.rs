@@ -9,7 +9,6 @@ use tenon_sdk::virtio::{Answer, Channel, Handle, Request, from_channel, to_chann
 /// How far the first request of the transmit queue has been sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Sent {
-    pub(crate) request: Handle,
     pub(crate) length: u32,
     pub(crate) offset: u32,
 }
@@ -70,10 +69,9 @@ impl Port {
     pub(crate) fn add_bytes(&mut self, request: &Request<'_>) {
         let (handle, length) = (request.handle, request.readable);
         if self.sending.is_empty() {
-            // After a restore, the request that had been sent in part comes again, and is gone on with.
-            let again = self.sent.request == handle && self.sent.length == length;
-            let offset = if again { self.sent.offset } else { 0 };
-            self.sent = Sent { request: handle, length, offset };
+            // After a restore, the request that had been sent in part comes again as the first, and is gone on with.
+            let offset = if self.sent.length == length { self.sent.offset } else { 0 };
+            self.sent = Sent { length, offset };
         }
         self.sending.push_back((handle, length));
     }
@@ -118,11 +116,8 @@ impl Port {
             }
             self.sending.pop_front();
             answers.push(Answer { request, written: 0 });
-            self.sent = self.sending.front().map_or_else(Sent::default, |&(request, length)| Sent {
-                request,
-                length,
-                offset: 0,
-            });
+            let length = self.sending.front().map_or(0, |(_, length)| *length);
+            self.sent = Sent { length, offset: 0 };
         }
     }
 
