@@ -19,7 +19,7 @@ use tenon_sdk::virtio::{
 };
 
 use crate::control::Command;
-use crate::receive::{HEADER, Room};
+use crate::receive::{HEADER, Plan, Room};
 
 const DEVICE_TYPE: u16 = 1;
 
@@ -69,6 +69,8 @@ pub struct Net {
     room: Room,
     /// The port may have frames. It says when it gets some, but only after it has given fewer than it was asked for.
     frames: bool,
+    /// The length of the first frame, if it was looked at and there was no room for it. Until there is, the port is not asked again: it would only tell of the same frame.
+    first: Option<u32>,
 }
 
 tenon_sdk::export_virtio_device!(Net);
@@ -159,6 +161,7 @@ impl VirtioDevice for Net {
             address: None,
             room: Room::default(),
             frames: true,
+            first: None,
         })
     }
 
@@ -226,6 +229,7 @@ impl VirtioDevice for Net {
         self.address = None;
         self.room.clear();
         self.frames = true;
+        self.first = None;
         self.set_offloads(0);
     }
 
@@ -290,23 +294,19 @@ impl Net {
 
     /// Gives frames that wait to the driver, as far as there is room for them.
     fn deliver(&mut self) {
+        let mergeable = self.accepted(F_MRG_RXBUF);
         while self.frames {
             let max = if self.link { self.room.requests().min(FRAMES) } else { FRAMES };
-            if max == 0 {
+            let is_stuck = self.link && self.first.is_some_and(|frame| !self.room.settles(frame, mergeable));
+            if max == 0 || is_stuck {
                 return;
             }
             let lengths = self.port.waiting(u32::try_from(max).unwrap_or(u32::MAX));
-            if self.link {
-                let plan = self.room.plan(&lengths, self.accepted(F_MRG_RXBUF));
-                self.port.receive(&plan.counts, &plan.requests);
-                if plan.counts.len() < lengths.len() {
-                    // The next frame waits for more room.
-                    return;
-                }
-            } else {
-                self.port.receive(&vec![0; lengths.len()], &[]);
-            }
-            self.frames = lengths.len() >= max;
+            let plan =
+                if self.link { self.room.plan(&lengths, mergeable) } else { Plan::dropping(lengths.len()) };
+            self.port.receive(&plan.counts, &plan.requests);
+            self.first = lengths.get(plan.counts.len()).copied();
+            self.frames = self.first.is_some() || lengths.len() >= max;
         }
     }
 

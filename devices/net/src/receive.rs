@@ -15,6 +15,13 @@ pub(crate) struct Plan {
     pub(crate) requests: Vec<Handle>,
 }
 
+impl Plan {
+    /// Drops the first so many frames.
+    pub(crate) fn dropping(frames: usize) -> Self {
+        Self { counts: vec![0; frames], requests: Vec::new() }
+    }
+}
+
 /// The requests of the receive queue, each with the length of its writable part.
 #[derive(Debug, Default)]
 pub(crate) struct Room(VecDeque<(Handle, u32)>);
@@ -50,6 +57,11 @@ impl Room {
             plan.requests.extend(self.0.drain(..usize::from(number)).map(|(request, _)| request));
         }
         plan
+    }
+
+    /// Whether something can be done with a first frame of this length: taken, or dropped because it never fits.
+    pub(crate) fn settles(&self, frame: u32, mergeable: bool) -> bool {
+        if mergeable { self.requests_for(frame).is_some() } else { !self.0.is_empty() }
     }
 
     /// How many requests from the first hold a frame of this length.
