@@ -10,8 +10,8 @@ use tenon_core::{CpuModel, EngineError};
 use crate::engine::host;
 
 // The baseline is what the software engine implements, so that a guest finds the same CPU on both.
-/// FPU DE PSE TSC MSR PAE CX8 APIC PGE CMOV PAT MMX FXSR: what leaves 1 and, on AMD, 0x80000001 have in EDX.
-const COMMON_EDX: u32 = 0x0181_a37d;
+/// FPU DE PSE TSC MSR PAE MCE CX8 APIC PGE CMOV PAT MMX FXSR: what leaves 1 and, on AMD, 0x80000001 have in EDX.
+const COMMON_EDX: u32 = 0x0181_a3fd;
 /// Leaf 1 EDX: also SEP, CLFSH, SSE, SSE2.
 const BASELINE_1_EDX: u32 = COMMON_EDX | 1 << 11 | 1 << 19 | 1 << 25 | 1 << 26;
 /// Leaf 1 ECX.

@@ -8,7 +8,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES,
-    KVM_MEM_LOG_DIRTY_PAGES, kvm_clock_data, kvm_ioeventfd, kvm_irqchip, kvm_userspace_memory_region,
+    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_clock_data, kvm_ioeventfd, kvm_irqchip,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 use tenon_core::{EngineError, InterruptController, Interrupts, Vcpu, Vm, VmSetup};
@@ -21,9 +22,9 @@ use crate::msr::MsrNumbers;
 use crate::vcpu::{KvmVcpu, Shown};
 
 /// Three pages that VT-x without unrestricted guest mode needs somewhere where the guest has nothing; and below them its identity map.
-/// Both lie in the hole, where firmware would be.
-const TSS_ADDRESS: usize = 0xfffb_d000;
-const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
+/// Both lie in the hole, below where firmware can be: in the last 16 MiB.
+const TSS_ADDRESS: usize = 0xfeff_d000;
+const IDENTITY_MAP_ADDRESS: u64 = 0xfeff_c000;
 
 /// `_IOW(KVMIO, 0x79, struct kvm_ioeventfd)`
 const KVM_IOEVENTFD: libc::c_ulong = 0x4040_ae79;
@@ -95,6 +96,7 @@ impl KvmVm {
             power_on: Vec::new(),
         };
         vm.map_memory(false)?;
+        vm.map_roms()?;
         vm.power_on = vm.chips()?;
         Ok(Arc::new(vm))
     }
@@ -111,6 +113,25 @@ impl KvmVm {
             };
             // SAFETY: the mapping lives as long as `setup.ram`, and so as long as any vCPU, for these hold `Shared` too. What else holds
             // the VM's descriptor runs no guest code.
+            unsafe { self.shared.fd.set_user_memory_region(region) }
+                .map_err(host("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        Ok(())
+    }
+
+    /// Gives the kernel each ROM as a read-only slot, after those of RAM. A write to it comes here as one to a device.
+    fn map_roms(&self) -> Result<(), EngineError> {
+        let ram = &self.shared.setup.ram;
+        let first = u32::try_from(ram.regions().count()).unwrap_or(u32::MAX);
+        for (slot, rom) in (first..).zip(ram.roms()) {
+            let region = kvm_userspace_memory_region {
+                slot,
+                flags: KVM_MEM_READONLY,
+                guest_phys_addr: rom.base(),
+                memory_size: rom.size(),
+                userspace_addr: rom.as_ptr() as u64,
+            };
+            // SAFETY: as for RAM, which holds the ROM's mapping.
             unsafe { self.shared.fd.set_user_memory_region(region) }
                 .map_err(host("KVM_SET_USER_MEMORY_REGION"))?;
         }

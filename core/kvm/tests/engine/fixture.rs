@@ -130,7 +130,10 @@ impl Guest {
     }
 
     pub(crate) fn with(kvm: &Kvm, vcpus: u32, cpu_model: CpuModel, memory: u64) -> Self {
-        let ram = Ram::new(memory).unwrap();
+        Self::with_ram(kvm, vcpus, cpu_model, Ram::new(memory).unwrap())
+    }
+
+    pub(crate) fn with_ram(kvm: &Kvm, vcpus: u32, cpu_model: CpuModel, ram: Arc<Ram>) -> Self {
         let (pio, bus) = (Bus::new(Space::Pio), Bus::new(Space::Mmio));
         let (ports, mmio, exit) =
             (Arc::new(Note::default()), Arc::new(Note::default()), Arc::new(Exit::default()));

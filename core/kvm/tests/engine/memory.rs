@@ -1,7 +1,7 @@
 //! The dirty log, and memory above the hole.
 
 use iced_x86::code_asm::*;
-use tenon_core::{CpuModel, HIGH_BASE, LOW_END};
+use tenon_core::{CpuModel, HIGH_BASE, LOW_END, Ram, Rom};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::fixture::{Guest, Mode, PAGE_TABLES, RAM, engine, exit};
@@ -55,4 +55,23 @@ fn memory_above_the_hole_is_the_guests() {
     assert_eq!(ended.value(), 0x1122_3344);
     assert_eq!(guest.ram.map().read_obj::<u32>(GuestAddress(HIGH_BASE + 0x1000)).unwrap(), 0x1122_3344);
     assert_eq!(guest.vm.take_dirty_log().unwrap().last(), Some(&(HIGH_BASE + 0x1000)));
+}
+
+#[test]
+fn rom_is_read_and_a_write_to_it_changes_nothing() {
+    let Some(kvm) = engine() else { return };
+    let mut content = vec![0; 0x2000];
+    content[0x1008..0x100c].copy_from_slice(&0x0bad_cafe_u32.to_le_bytes());
+    let rom = Rom::new(HIGH_BASE - 0x2000, &content).unwrap();
+    let ram = Ram::with_roms(RAM, vec![rom]).unwrap();
+    let mut guest = Guest::with_ram(&kvm, 1, CpuModel::Baseline, ram);
+    let ended = guest.play(Mode::Long, |a| {
+        a.mov(edi, 0xffff_f008u32).unwrap();
+        a.mov(eax, dword_ptr(rdi)).unwrap();
+        a.not(eax).unwrap();
+        a.mov(dword_ptr(rdi), eax).unwrap();
+        a.mov(eax, dword_ptr(rdi)).unwrap();
+        exit(a);
+    });
+    assert_eq!(ended.value(), 0x0bad_cafe);
 }
