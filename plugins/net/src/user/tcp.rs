@@ -23,12 +23,18 @@ const DEFAULT_MSS: u16 = 536;
 const LEAST_MSS: u16 = 64;
 /// The data of the longest IPv4 packet with the shortest headers.
 const LARGEST_MSS: u16 = 65495;
-/// The buffers of one connection, in each direction, while there are few connections.
-const BUFFER: usize = 256 << 10;
-/// The same while there are many.
-const SMALL_BUFFER: usize = 64 << 10;
-/// How many connections are few.
-const FEW: usize = 64;
+/// The bytes that one connection buffers in each direction, by how many connections there are: many share what few may spend.
+fn buffer(connections: usize) -> usize {
+    match connections {
+        0..16 => 256 << 10,
+        16..128 => 64 << 10,
+        _ => 16 << 10,
+    }
+}
+
+fn ring(connections: usize) -> SocketBuffer<'static> {
+    SocketBuffer::new(vec![0; buffer(connections)])
+}
 
 /// A connection's two ends as the guest sees them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -166,8 +172,7 @@ impl Flow {
         interface.update_ip_addrs(|addresses| {
             let _ = addresses.push(IpCidr::new((*key.remote.ip()).into(), 0));
         });
-        let size = if flows < FEW { BUFFER } else { SMALL_BUFFER };
-        let mut socket = Socket::new(SocketBuffer::new(vec![0; size]), SocketBuffer::new(vec![0; size]));
+        let mut socket = Socket::new(ring(flows), ring(flows));
         socket.set_nagle_enabled(false);
         socket.set_ack_delay(None);
         // A guest that is gone without a word, and not only paused, frees its connections in the end.

@@ -59,7 +59,11 @@ impl Pair {
         self.used = now;
         self.quote.clear();
         self.quote.extend_from_slice(&ip[..ip.len().min(28)]);
-        self.socket.send(data).is_ok()
+        match self.socket.send(data) {
+            // That was about the datagram before.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => self.socket.send(data).is_ok(),
+            result => result.is_ok(),
+        }
     }
 
     /// Gives the guest what has come. An error says that nobody listens there, with what the guest had sent.
