@@ -14,11 +14,13 @@ const FUNCTION_BITS: u32 = 12;
 fn read(slots: &Mutex<Slots>, bus: u8, devfn: u8, at: usize, size: usize) -> u32 {
     let here = lock(slots);
     let slot = PciSlot { bus, slot: devfn >> 3 };
+    if bus == 0
+        && let Some(function) = here.board.get(&devfn)
+    {
+        return if at + size <= super::config::CONFIG_SIZE { function.read(at, size) } else { u32::MAX };
+    }
     if devfn & 7 != 0 {
         return u32::MAX;
-    }
-    if (slot == PciSlot { bus: 0, slot: 0 }) && at + size <= super::config::CONFIG_SIZE {
-        return here.bridge.read(at, size);
     }
     let function = here.at(slot);
     drop(here);
@@ -123,4 +125,4 @@ impl Region for Ports {
     }
 }
 
-const _: () = assert!(SLOTS as u32 * 8 << FUNCTION_BITS == 1 << 20);
+const _: () = assert!((SLOTS as u32 * 8) << FUNCTION_BITS == 1 << 20);

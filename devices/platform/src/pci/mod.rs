@@ -3,10 +3,13 @@
 //! There are 1 to [`MAX_BUSES`] root buses of 32 slots in one segment, without bridges below them. Slot 0 of bus 0 is the host bridge itself. All
 //! functions are virtio devices with one BAR; those of a bus lie in windows of its own ([`MEMORY_WINDOW`], [`HIGH_WINDOW`]).
 //!
+//! For PC firmware the board can have the ids of one that it knows: [`Pci::show_as_pc`].
+//!
 //! A device comes and goes with or without a running guest. [`Pci::attach`] and [`Pci::detach`] tell the guest, which then scans the slot or ejects the
 //! device; [`Pci::remove`] asks nobody.
 
 pub(crate) mod access;
+mod board;
 pub(crate) mod config;
 pub(crate) mod hotplug;
 pub(crate) mod msix;
@@ -25,7 +28,7 @@ use crate::power::PowerRegisters;
 use crate::virtio::doorbell::Doorbells;
 use crate::virtio::function::{BAR_SIZE, Function, Wiring};
 use access::{Ecam, Ports};
-use config::{Config, Identity};
+use config::Config;
 use hotplug::HotPlug;
 
 /// The most root buses: room for 287 devices.
@@ -94,7 +97,7 @@ pub enum PciError {
     /// A line is taken.
     #[error("PCI interrupts: {0}")]
     Line(#[from] LineError),
-    /// The slot does not exist, or is the host bridge's.
+    /// The slot does not exist, or is the board's.
     #[error("there is no PCI slot {0} for a device")]
     NoSlot(PciSlot),
     /// The slot has a device.
@@ -145,7 +148,8 @@ pub struct PciParts {
 
 pub(crate) struct Slots {
     pub(crate) functions: BTreeMap<PciSlot, Arc<Function>>,
-    bridge: Config,
+    /// The functions of bus 0 that are configuration space alone, by slot and function number; the host bridge first.
+    board: BTreeMap<u8, Config>,
     pub(crate) buses: u8,
 }
 
@@ -164,6 +168,11 @@ impl Slots {
     pub(crate) fn at(&self, slot: PciSlot) -> Option<Arc<Function>> {
         self.functions.get(&slot).cloned()
     }
+
+    /// Whether a part of the board is in this slot.
+    fn has_board(&self, slot: PciSlot) -> bool {
+        slot.bus == 0 && self.board.keys().any(|number| number >> 3 == slot.slot)
+    }
 }
 
 pub(crate) fn lock(slots: &Mutex<Slots>) -> MutexGuard<'_, Slots> {
@@ -179,16 +188,7 @@ impl Pci {
         if !(1..=MAX_BUSES).contains(&buses) {
             return Err(PciError::Buses(buses));
         }
-        let bridge = Config::new(Identity {
-            // Nobody's driver looks for it: a host bridge of the bus's own kind.
-            vendor: 0x1b36,
-            device: 0x0008,
-            subsystem_vendor: 0x1af4,
-            subsystem: 0x1100,
-            revision: 0,
-            class: 0x06_0000,
-        });
-        let slots = Arc::new(Mutex::new(Slots { functions: BTreeMap::new(), bridge, buses }));
+        let slots = Arc::new(Mutex::new(Slots { functions: BTreeMap::new(), board: board::plain(), buses }));
         let hotplug = HotPlug::new(slots.clone(), parts.power.clone());
         let ecam =
             parts.mmio.claim("pci", ECAM_BASE, u64::from(buses) << 20, Arc::new(Ecam(slots.clone())))?;
@@ -212,6 +212,21 @@ impl Pci {
             _claims: vec![ecam, ports, events],
             _lines: lines,
         }))
+    }
+
+    /// Gives the host bridge the id of a 440FX, and slot 1 of bus 0 a PIIX3 and a PIIX4's power management: by these OVMF knows which board it is on.
+    /// Their registers cannot be changed. To be called before a device is attached.
+    ///
+    /// # Errors
+    /// A device is in slot 1 of bus 0.
+    pub fn show_as_pc(&self) -> Result<(), PciError> {
+        let mut slots = lock(&self.slots);
+        let slot = PciSlot { bus: 0, slot: board::PIIX_SLOT };
+        if let Some(there) = slots.functions.get(&slot) {
+            return Err(PciError::Taken { slot, name: there.name().to_owned() });
+        }
+        slots.board = board::pc();
+        Ok(())
     }
 
     /// The number of buses.
@@ -238,10 +253,10 @@ impl Pci {
         let slot = match slot {
             Some(slot) => slot,
             None => all(slots.buses)
-                .find(|slot| !slots.functions.contains_key(slot))
+                .find(|slot| !slots.functions.contains_key(slot) && !slots.has_board(*slot))
                 .ok_or(PciError::Full(slots.buses))?,
         };
-        if !all(slots.buses).any(|exists| exists == slot) {
+        if !all(slots.buses).any(|exists| exists == slot) || slots.has_board(slot) {
             return Err(PciError::NoSlot(slot));
         }
         if let Some(there) = slots.functions.get(&slot) {

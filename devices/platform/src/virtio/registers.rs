@@ -149,16 +149,14 @@ impl Registers {
         match (offset, size) {
             (0, 4) => control.device_select = word,
             (8, 4) => control.driver_select = word,
-            (12, 4) => {
-                if self.live.state().status & FEATURES_OK == 0 {
-                    let shift = match control.driver_select {
-                        0 => 0,
-                        1 => 32,
-                        _ => return,
-                    };
-                    control.driver_features &= !(0xffff_ffff << shift);
-                    control.driver_features |= u64::from(word) << shift;
-                }
+            (12, 4) if self.live.state().status & FEATURES_OK == 0 => {
+                let shift = match control.driver_select {
+                    0 => 0,
+                    1 => 32,
+                    _ => return,
+                };
+                control.driver_features &= !(0xffff_ffff << shift);
+                control.driver_features |= u64::from(word) << shift;
             }
             (16, 2) => {
                 let mut state = self.live.state();

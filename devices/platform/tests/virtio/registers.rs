@@ -67,7 +67,7 @@ fn a_ring_that_is_misplaced_fails_the_device_until_it_is_reset() {
         (0, 0x10_0008),
         (0, crate::machine::RAM - 16),
         (0, 0xd000_0000),
-        (0, u64::MAX & !15),
+        (0, !15),
         (1, 0x10_1001),
         (1, crate::machine::RAM - 4),
         (2, 0x10_2002),
