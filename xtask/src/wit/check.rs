@@ -4,7 +4,7 @@
 //! error; a new function that the host offers, or a new interface, is not.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use wit_parser::{PackageId, Resolve};
@@ -42,18 +42,31 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
-/// The text of a package of one file.
+/// The text of a package, its files one after the other with one package line for all.
 fn text(folder: &Path) -> Result<String> {
+    let read = || format!("cannot read {}", folder.display());
+    let mut files: Vec<_> = fs::read_dir(folder)
+        .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect())
+        .with_context(read)?;
+    files.retain(|file: &PathBuf| file.extension().is_some_and(|extension| extension == "wit"));
+    files.sort();
+    let mut texts = Vec::new();
+    for file in files {
+        texts.push(fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?);
+    }
+    Ok(joined(&texts))
+}
+
+/// Joins the files of a package. A package line may stand in each of them, and a text has one.
+fn joined(files: &[String]) -> String {
     let mut text = String::new();
-    for entry in fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))? {
-        let file = entry?.path();
-        if file.extension().is_some_and(|extension| extension == "wit") {
-            text.push_str(
-                &fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?,
-            );
+    for line in files.iter().flat_map(|file| file.lines()) {
+        if !line.starts_with("package ") || !text.contains("\npackage ") && !text.starts_with("package ") {
+            text.push_str(line);
+            text.push('\n');
         }
     }
-    Ok(text)
+    text
 }
 
 /// Compares all worlds of two texts of one package; returns how many.
@@ -79,7 +92,7 @@ fn push(resolve: &mut Resolve, text: &str, version: &str) -> Result<PackageId> {
 
 #[cfg(test)]
 mod tests {
-    use super::compare;
+    use super::{compare, joined};
 
     const OLD: &str = "package a:b@0.1.0;\ninterface host { f: func(x: u32) -> u32; }\ninterface plugin { go: func(); }\nworld w { import host; export plugin; }\n";
 
@@ -102,5 +115,13 @@ mod tests {
     #[test]
     fn a_world_that_is_gone_is_not() {
         assert!(compare(OLD, &OLD.replace("world w", "world v")).is_err());
+    }
+
+    #[test]
+    fn a_package_of_several_files_is_compared_as_one() {
+        let more = "/// More words.\npackage a:b@0.1.0;\ninterface more { use host.{n}; }\n";
+        let first = OLD.replace("interface host {", "interface host { type n = u8;");
+        let new = joined(&[first, more.to_owned()]);
+        assert_eq!(compare(OLD, &new).unwrap(), 1);
     }
 }

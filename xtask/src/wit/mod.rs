@@ -4,4 +4,4 @@ pub(crate) mod check;
 pub(crate) mod docs;
 
 /// The packages of the contract: folders of wit/.
-pub(crate) const PACKAGES: [&str; 2] = ["device", "personality"];
+pub(crate) const PACKAGES: [&str; 3] = ["device", "personality", "store"];
