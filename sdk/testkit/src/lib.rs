@@ -44,7 +44,7 @@ pub use conformance::conformance;
 pub use load::{LoadBench, Loaded};
 pub use memory::{Counts, MemoryStore, On};
 pub use outside::LineState;
-pub use store::{StoreBench, StoreChecks, StoreSubject, store_conformance};
+pub use store::{NativeStoreBench, StoreBench, StoreChecks, StoreSubject, store_conformance};
 pub use virtio::{
     Answered, PortEnd, Ticket, VirtioBench, VirtioChannelEnd, VirtioSetup, VirtioSubject, blk_conformance,
     virtio_conformance,

@@ -116,7 +116,7 @@ impl<S: Store> StoreBench<S> {
                 self.carry_out(&mut batch, &mut outcomes);
                 data = 0;
             }
-            outcomes.push(self.check(&operation).map(|()| Vec::new()));
+            outcomes.push(refusal(&self.info, &operation).map(|()| Vec::new()));
             if outcomes.last().is_some_and(Result::is_ok) {
                 data += moved;
                 batch.push((outcomes.len() - 1, operation));
@@ -140,30 +140,6 @@ impl<S: Store> StoreBench<S> {
         for (place, outcome) in places.into_iter().zip(ended) {
             outcomes[place] = outcome;
         }
-    }
-
-    fn check(&self, operation: &Operation) -> Result<(), StoreError> {
-        let (position, length) = match *operation {
-            Operation::Read { position, length }
-            | Operation::Discard { position, length }
-            | Operation::WriteZeroes { position, length, .. } => (position, length),
-            Operation::Write { position, ref data } => (position, data.len() as u64),
-            Operation::Flush => (0, 0),
-        };
-        let block = u64::from(self.info.block_size);
-        let inside = position.checked_add(length).is_some_and(|end| end <= self.info.size);
-        let aligned = position.is_multiple_of(block) && length.is_multiple_of(block);
-        if !inside || !aligned || moved(operation) > MOST {
-            return Err(StoreError::OutOfRange);
-        }
-        let changes = !matches!(operation, Operation::Read { .. } | Operation::Flush);
-        if changes && self.info.read_only {
-            return Err(StoreError::ReadOnly);
-        }
-        if matches!(operation, Operation::Discard { .. }) && !self.info.discard {
-            return Err(StoreError::Unsupported);
-        }
-        Ok(())
     }
 
     /// How many times the store was called with operations.
@@ -317,4 +293,29 @@ fn moved(operation: &Operation) -> u64 {
         Operation::Write { data, .. } => data.len() as u64,
         _ => 0,
     }
+}
+
+/// Checks an operation as a host does before a store gets it.
+pub(super) fn refusal(info: &StoreInfo, operation: &Operation) -> Result<(), StoreError> {
+    let (position, length) = match *operation {
+        Operation::Read { position, length }
+        | Operation::Discard { position, length }
+        | Operation::WriteZeroes { position, length, .. } => (position, length),
+        Operation::Write { position, ref data } => (position, data.len() as u64),
+        Operation::Flush => (0, 0),
+    };
+    let block = u64::from(info.block_size);
+    let inside = position.checked_add(length).is_some_and(|end| end <= info.size);
+    let aligned = position.is_multiple_of(block) && length.is_multiple_of(block);
+    if !inside || !aligned || moved(operation) > MOST {
+        return Err(StoreError::OutOfRange);
+    }
+    let changes = !matches!(operation, Operation::Read { .. } | Operation::Flush);
+    if changes && info.read_only {
+        return Err(StoreError::ReadOnly);
+    }
+    if matches!(operation, Operation::Discard { .. }) && !info.discard {
+        return Err(StoreError::Unsupported);
+    }
+    Ok(())
 }

@@ -156,7 +156,7 @@ impl<D: VirtioDevice> VirtioBench<D> {
             .iter()
             .map(|(readable, room)| {
                 self.tickets += 1;
-                // What a driver leaves in a buffer is anything.
+                // What a driver leaves in a buffer is anything; the tests know this.
                 Held {
                     ticket: Ticket(self.tickets),
                     queue,

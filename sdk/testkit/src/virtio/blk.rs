@@ -122,13 +122,14 @@ impl Disk<'_> {
     fn status(&mut self, queue: u16, readable: &[u8], room: usize) -> Result<(u8, Vec<u8>), String> {
         let kind = readable.first().copied().unwrap_or_default();
         let answer = self.ask(queue, readable, room)?;
-        let Some(Answered { mut data, .. }) = answer else {
+        let Some(Answered { mut buffer, .. }) = answer else {
             return Err(format!("a request of type {kind} is not answered"));
         };
-        let Some(status) = data.pop() else {
-            return Err(format!("the answer to a request of type {kind} has no status"));
+        // A driver looks for the status where it has put it, whatever the device says that it wrote.
+        let Some(status) = buffer.pop() else {
+            return Err(format!("a request of type {kind} has no room for a status"));
         };
-        Ok((status, data))
+        Ok((status, buffer))
     }
 
     fn read(&mut self, queue: u16, sector: u64, sectors: u64) -> Result<Vec<u8>, String> {
@@ -266,15 +267,19 @@ impl Disk<'_> {
         let reads: Vec<[u8; 16]> = (0..count).map(|n| header(IN, n * self.unit)).collect();
         for ticket in tickets {
             match self.device.answered(ticket) {
-                Some(Answered { data, .. }) if data == [OK] => {}
+                Some(Answered { buffer, .. }) if buffer == [OK] => {}
                 other => return Err(format!("one of {count} writes in a batch ended as {other:?}")),
             }
         }
         let requests: Vec<(&[u8], usize)> = reads.iter().map(|read| (&read[..], one + 1)).collect();
         let tickets = self.device.submit(0, &requests);
         for (n, ticket) in (0..count).zip(tickets) {
-            let data = self.device.answered(ticket).map(|answered| answered.data);
-            if data.is_none_or(|data| data[..one] != block(n) || data[one..] != [OK]) {
+            let answered = self.device.answered(ticket);
+            let right = |answered: Answered| {
+                let Answered { written, buffer, .. } = answered;
+                written as usize == one + 1 && buffer[..one] == block(n) && buffer[one..] == [OK]
+            };
+            if !answered.is_some_and(right) {
                 return Err(format!("read {n} of {count} in a batch is wrong"));
             }
         }
@@ -378,7 +383,7 @@ impl Disk<'_> {
         self.device.hold(&name, false);
         for ticket in tickets {
             match self.device.answered(ticket) {
-                Some(Answered { data, .. }) if data == [OK] => {}
+                Some(Answered { buffer, .. }) if buffer == [OK] => {}
                 other => return Err(format!("a write that was under way at a restart ended as {other:?}")),
             }
         }

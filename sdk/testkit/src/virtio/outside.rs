@@ -33,6 +33,8 @@ pub struct Answered {
     pub written: u32,
     /// These bytes.
     pub data: Vec<u8>,
+    /// The whole writable part, as the driver finds it. What the device did not write is 0xa5.
+    pub buffer: Vec<u8>,
 }
 
 /// A request that was not answered yet.
@@ -223,7 +225,7 @@ impl VirtioOutside {
             "the device says that it wrote {written} bytes to {request:?}, whose writable part has {room}"
         );
         let data = held.writable[..written as usize].to_vec();
-        self.answers.borrow_mut().insert(held.ticket, Answered { written, data });
+        self.answers.borrow_mut().insert(held.ticket, Answered { written, data, buffer: held.writable });
     }
 
     fn with<R>(&self, request: Handle, what: &str, call: impl FnOnce(&mut Held) -> R) -> R {
