@@ -1,0 +1,499 @@
+//! A native virtio device, called through its table as a host calls it.
+#![allow(unsafe_code, clippy::unwrap_used, reason = "the host's side of a foreign-function interface")]
+
+use std::cell::RefCell;
+use std::ffi::c_void;
+use std::ptr;
+
+use tenon_sdk::abi::{Bytes, Sink, Status, VirtioHost, VirtioTable, wire};
+use tenon_sdk::virtio::{
+    self, Answer, Attachment, Batch, Channel, Config, Decoder, Encoder, Error, Handle, Offloads,
+    OperationDone, Port, PortInfo, RequestRecord, Result, Store, StoreError, StoreInfo, Timer,
+    VirtioDescription, VirtioDevice, info,
+};
+
+/// Uses everything at the first request of a batch.
+struct Everything {
+    timer: Timer,
+    channel: Channel,
+    store: Store,
+    port: Port,
+    value: u64,
+}
+
+impl VirtioDevice for Everything {
+    const SCHEMA: u32 = 2;
+
+    fn describe(config: &Config) -> Result<VirtioDescription> {
+        let size = config.number("size")?.unwrap_or(64);
+        let description = VirtioDescription::new(7).features(5).queue("requests", size, 4).config(8);
+        Ok(description.timer().channel("console").store("disk").port("net"))
+    }
+
+    fn start(_config: &Config, mut attachment: Attachment) -> Result<Self> {
+        let (timer, channel) = (attachment.timer()?, attachment.channel()?);
+        let (store, port) = (attachment.store()?, attachment.port()?);
+        assert!(attachment.port().is_err() && attachment.store().is_err());
+        Ok(Self { timer, channel, store, port, value: 0 })
+    }
+
+    fn activate(&mut self, features: u64) -> Result<()> {
+        if features == 4 { Err(Error::Unsupported("4 without 1".into())) } else { Ok(()) }
+    }
+
+    fn config_read(&mut self, offset: u32, size: u8) -> u64 {
+        self.value + u64::from(offset) + u64::from(size)
+    }
+
+    fn config_write(&mut self, _offset: u32, _size: u8, value: u64) {
+        self.value = value;
+    }
+
+    fn requests_ready(&mut self, queue: u16, batch: &Batch<'_>) {
+        for request in batch.iter() {
+            info!(
+                "{queue} {:?} {} {} {:?}",
+                request.handle, request.readable, request.writable, request.head
+            );
+        }
+        let one = batch.iter().next().unwrap().handle;
+        assert_eq!(virtio::read(one, 1, 9), [1, 2, 3]);
+        assert_eq!(virtio::write(one, 2, b"ab"), 1);
+        assert_eq!(virtio::to_channel(one, 3, 4, &self.channel), 5);
+        assert_eq!(virtio::from_channel(one, 6, 7, &self.channel), 8);
+        assert_eq!(virtio::fill_random(one, 9, 10), 11);
+        assert_eq!((virtio::release_numbered(one), virtio::release_own(one)), (12, 13));
+        assert_eq!((virtio::memory_size(), virtio::now(), virtio::wall_clock()), (14, 15, 16));
+        assert_eq!((self.store.info().size, self.port.info().mtu), (1024, 1500));
+        self.store.read(one, 1, 2, 3, b"ok");
+        self.store.write(one, 4, 5, 6, b"");
+        self.store.flush(one, b"ok");
+        self.store.discard(one, 7, 8, b"ok");
+        self.store.write_zeroes(one, 9, 10, true, b"ok");
+        self.port.accept(Offloads { tso4: true, ..Offloads::default() });
+        self.port.send(&[one, Handle(9)]);
+        assert_eq!(self.port.waiting(5), [60, 61]);
+        self.port.receive(&[1, 0], &[one]);
+        self.timer.arm(17);
+        assert_eq!((self.channel.write(b"cd"), self.channel.read(3)), (18, vec![7]));
+        virtio::config_changed();
+        virtio::needs_reset();
+        virtio::complete(one, 19);
+        virtio::complete_all(&[]);
+    }
+
+    fn operations_done(&mut self, done: &[OperationDone]) {
+        info!("done {:?} {:?}", done[0].result(), done[1].result());
+    }
+
+    fn port_ready(&mut self, port: u32) {
+        info!("port {port} ready");
+    }
+
+    fn port_changed(&mut self, port: u32) {
+        info!("port {port} changed");
+    }
+
+    fn store_changed(&mut self, store: u32) {
+        info!("store {store} changed");
+    }
+
+    fn channel_readable(&mut self, channel: u32) {
+        info!("channel {channel} readable");
+    }
+
+    fn channel_writable(&mut self, channel: u32) {
+        info!("channel {channel} writable");
+    }
+
+    fn timer_fired(&mut self, timer: u32) {
+        info!("timer {timer}");
+    }
+
+    fn adjust(&mut self, key: &str, value: &str) -> Result<()> {
+        info!("{key}={value}");
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        panic!("no way back");
+    }
+
+    fn save(&self, state: &mut Encoder) -> Result<()> {
+        state.u64(self.value);
+        Ok(())
+    }
+
+    fn restore(&mut self, state: &mut Decoder<'_>) -> Result<()> {
+        self.value = state.u64()?;
+        Ok(())
+    }
+}
+
+mod plugin {
+    tenon_sdk::export_virtio_device!(super::Everything);
+}
+
+/// What the host saw.
+#[derive(Default)]
+struct Seen(RefCell<Vec<String>>);
+
+fn note(context: *mut c_void, what: String) {
+    // SAFETY: every instance here is made with the context of a `Seen` that outlives it.
+    unsafe { &*context.cast::<Seen>() }.0.borrow_mut().push(what);
+}
+
+fn text(bytes: Bytes<'_>) -> String {
+    // SAFETY: the bytes came in this call.
+    String::from_utf8(unsafe { bytes.as_slice() }.to_vec()).unwrap()
+}
+
+/// Makes functions of the host's table: each notes its arguments, and gives what is behind the arrow.
+macro_rules! notes {
+    ($($name:ident($($argument:ident: $type:ty),*) $(-> $result:ty = $value:expr)?;)*) => {
+        $(
+            unsafe extern "C" fn $name(context: *mut c_void $(, $argument: $type)*) $(-> $result)? {
+                let arguments: Vec<String> = vec![$(format!("{:?}", $argument)),*];
+                note(context, format!("{}({})", stringify!($name), arguments.join(" ")));
+                $($value)?
+            }
+        )*
+    };
+}
+
+notes! {
+    timer_arm(timer: u32, deadline: u64);
+    timer_arm_periodic(timer: u32, first: u64, period: u64);
+    timer_cancel(timer: u32);
+    requests_to_channel(request: Handle, offset: u32, length: u32, channel: u32) -> u32 = 5;
+    requests_from_channel(request: Handle, offset: u32, length: u32, channel: u32) -> u32 = 8;
+    requests_config_changed();
+    requests_needs_reset();
+    port_accept(port: u32, offloads: u32);
+    entropy_fill(request: Handle, offset: u32, length: u32) -> u32 = 11;
+    guest_pages_release_numbered(request: Handle) -> u32 = 12;
+    guest_pages_release_own(request: Handle) -> u32 = 13;
+}
+
+unsafe extern "C" fn log_log(context: *mut c_void, level: u32, message: Bytes<'_>) {
+    note(context, format!("{level} {}", text(message)));
+}
+unsafe extern "C" fn time_now(_: *mut c_void) -> u64 {
+    15
+}
+unsafe extern "C" fn wall_clock_now(_: *mut c_void) -> u64 {
+    16
+}
+unsafe extern "C" fn guest_pages_memory_size(_: *mut c_void) -> u64 {
+    14
+}
+unsafe extern "C" fn channel_write(context: *mut c_void, channel: u32, bytes: Bytes<'_>) -> u32 {
+    note(context, format!("channel_write({channel} {})", text(bytes)));
+    18
+}
+unsafe extern "C" fn channel_read(_: *mut c_void, _: u32, buffer: *mut u8, max: u32) -> u32 {
+    assert_eq!(max, 3);
+    // SAFETY: the buffer has room for `max` bytes.
+    unsafe { buffer.write(7) };
+    1
+}
+unsafe extern "C" fn requests_read(
+    _: *mut c_void,
+    request: Handle,
+    offset: u32,
+    length: u32,
+    buffer: *mut u8,
+) -> u32 {
+    assert_eq!((request, offset, length), (Handle(70), 1, 9));
+    // SAFETY: the buffer has room for `length` bytes.
+    unsafe { ptr::copy_nonoverlapping([1, 2, 3].as_ptr(), buffer, 3) };
+    3
+}
+unsafe extern "C" fn requests_write(
+    context: *mut c_void,
+    request: Handle,
+    offset: u32,
+    bytes: Bytes<'_>,
+) -> u32 {
+    note(context, format!("requests_write({request:?} {offset} {})", text(bytes)));
+    1
+}
+unsafe extern "C" fn requests_complete(context: *mut c_void, answers: *const Answer, count: u32) {
+    // SAFETY: there are `count` answers.
+    let answers = unsafe { std::slice::from_raw_parts(answers, count as usize) };
+    note(context, format!("requests_complete({answers:?})"));
+}
+unsafe extern "C" fn store_info(_: *mut c_void, _: u32, output: Sink) {
+    // SAFETY: the sink came in this call.
+    unsafe { output.put(&wire::encode_store_info(&StoreInfo::new(1024))) }
+}
+unsafe extern "C" fn store_read(
+    context: *mut c_void,
+    store: u32,
+    request: Handle,
+    offset: u32,
+    length: u32,
+    position: u64,
+    success: Bytes<'_>,
+) {
+    note(context, format!("store_read({store} {request:?} {offset} {length} {position} {})", text(success)));
+}
+unsafe extern "C" fn store_write(
+    context: *mut c_void,
+    store: u32,
+    request: Handle,
+    offset: u32,
+    length: u32,
+    position: u64,
+    success: Bytes<'_>,
+) {
+    note(context, format!("store_write({store} {request:?} {offset} {length} {position} {})", text(success)));
+}
+unsafe extern "C" fn store_flush(context: *mut c_void, store: u32, request: Handle, success: Bytes<'_>) {
+    note(context, format!("store_flush({store} {request:?} {})", text(success)));
+}
+unsafe extern "C" fn store_discard(
+    context: *mut c_void,
+    store: u32,
+    request: Handle,
+    position: u64,
+    length: u64,
+    success: Bytes<'_>,
+) {
+    note(context, format!("store_discard({store} {request:?} {position} {length} {})", text(success)));
+}
+unsafe extern "C" fn store_write_zeroes(
+    context: *mut c_void,
+    store: u32,
+    request: Handle,
+    position: u64,
+    length: u64,
+    unmap: u32,
+    success: Bytes<'_>,
+) {
+    let success = text(success);
+    note(context, format!("store_write_zeroes({store} {request:?} {position} {length} {unmap} {success})"));
+}
+unsafe extern "C" fn port_info(_: *mut c_void, _: u32, output: Sink) {
+    let offloads = Offloads::default();
+    let info = PortInfo { mac: [0; 6], mtu: 1500, link_up: true, send: offloads, receive: offloads };
+    // SAFETY: the sink came in this call.
+    unsafe { output.put(&wire::encode_port_info(&info)) }
+}
+unsafe extern "C" fn port_send(context: *mut c_void, port: u32, requests: *const Handle, count: u32) {
+    // SAFETY: there are `count` requests.
+    let requests = unsafe { std::slice::from_raw_parts(requests, count as usize) };
+    note(context, format!("port_send({port} {requests:?})"));
+}
+unsafe extern "C" fn port_waiting(_: *mut c_void, _: u32, max: u32, lengths: *mut u32) -> u32 {
+    assert_eq!(max, 5);
+    // SAFETY: there is room for `max` numbers.
+    unsafe { ptr::copy_nonoverlapping([60, 61].as_ptr(), lengths, 2) };
+    2
+}
+unsafe extern "C" fn port_receive(
+    context: *mut c_void,
+    port: u32,
+    counts: *const u16,
+    frames: u32,
+    requests: *const Handle,
+    count: u32,
+) {
+    // SAFETY: there are so many of each.
+    let (counts, requests) = unsafe {
+        (
+            std::slice::from_raw_parts(counts, frames as usize),
+            std::slice::from_raw_parts(requests, count as usize),
+        )
+    };
+    note(context, format!("port_receive({port} {counts:?} {requests:?})"));
+}
+unsafe extern "C" fn panicked(context: *mut c_void, message: Bytes<'_>) {
+    note(context, format!("panicked: {}", text(message)));
+}
+
+static HOST: VirtioHost = VirtioHost {
+    size: VirtioHost::SIZE,
+    log_log,
+    time_now,
+    timer_arm,
+    timer_arm_periodic,
+    timer_cancel,
+    wall_clock_now,
+    channel_write,
+    channel_read,
+    requests_read,
+    requests_write,
+    requests_complete,
+    requests_to_channel,
+    requests_from_channel,
+    requests_config_changed,
+    requests_needs_reset,
+    store_info,
+    store_read,
+    store_write,
+    store_flush,
+    store_discard,
+    store_write_zeroes,
+    port_info,
+    port_accept,
+    port_send,
+    port_waiting,
+    port_receive,
+    entropy_fill,
+    guest_pages_release_numbered,
+    guest_pages_release_own,
+    guest_pages_memory_size,
+    panicked,
+};
+
+fn table() -> &'static VirtioTable {
+    plugin::PLUGIN.virtio.unwrap()
+}
+
+/// An instance. The functions of the table are called by the convention: own instance, one call at a time, good pointers.
+struct Instance(*mut c_void);
+
+impl Instance {
+    fn started(seen: &Seen) -> Self {
+        // SAFETY: the table and the context outlive the instance.
+        let instance = unsafe { (table().create)(&raw const HOST, ptr::from_ref(seen).cast_mut().cast()) };
+        let instance = Self(instance);
+        let (status, output) = instance.ask(|table, instance, sink| {
+            // SAFETY: by the convention.
+            unsafe { (table.describe)(instance, Bytes::new(&wire::encode_settings(&[])), sink) }
+        });
+        assert_eq!(status, Status::OK);
+        let description = wire::decode_virtio_description(&output).unwrap();
+        assert_eq!((description.device_type, description.stores.as_slice()), (7, &["disk".to_owned()][..]));
+        // SAFETY: by the convention.
+        let started =
+            instance.ask(|table, instance, sink| unsafe { (table.start)(instance, 1, 1, 1, 1, sink) });
+        assert_eq!(started.0, Status::OK);
+        instance
+    }
+
+    fn ask(&self, call: impl FnOnce(&VirtioTable, *mut c_void, Sink) -> Status) -> (Status, Vec<u8>) {
+        let mut output = Vec::new();
+        let status = call(table(), self.0, Sink::to(&mut output));
+        (status, output)
+    }
+}
+
+impl Drop for Instance {
+    fn drop(&mut self) {
+        // SAFETY: the last call with the instance.
+        unsafe { (table().destroy)(self.0) };
+    }
+}
+
+#[test]
+fn every_call_crosses_the_boundary_in_both_directions() {
+    let seen = Seen::default();
+    let device = Instance::started(&seen);
+    // SAFETY: by the convention.
+    let (status, output) = device.ask(|table, device, sink| unsafe { (table.activate)(device, 4, sink) });
+    assert_eq!(status, Status::REFUSED);
+    assert_eq!(wire::decode_device_error(&output), Ok(Error::Unsupported("4 without 1".into())));
+    let records = [
+        RequestRecord { handle: Handle(70), readable: 10, writable: 20, head: 2 },
+        RequestRecord { handle: Handle(71), readable: 1, writable: 0, head: 1 },
+    ];
+    // SAFETY: by the convention.
+    let status = unsafe { (table().requests_ready)(device.0, 3, records.as_ptr(), 2, Bytes::new(b"abc")) };
+    assert_eq!(
+        (status, seen.0.borrow().last().map(String::as_str)),
+        (Status::OK, Some("requests_complete([Answer { request: Handle(70), written: 19 }])"))
+    );
+    let expected = [
+        "2 3 Handle(70) 10 20 [97, 98]",
+        "2 3 Handle(71) 1 0 [99]",
+        "requests_write(Handle(70) 2 ab)",
+        "requests_to_channel(Handle(70) 3 4 0)",
+        "requests_from_channel(Handle(70) 6 7 0)",
+        "entropy_fill(Handle(70) 9 10)",
+        "guest_pages_release_numbered(Handle(70))",
+        "guest_pages_release_own(Handle(70))",
+        "store_read(0 Handle(70) 1 2 3 ok)",
+        "store_write(0 Handle(70) 4 5 6 )",
+        "store_flush(0 Handle(70) ok)",
+        "store_discard(0 Handle(70) 7 8 ok)",
+        "store_write_zeroes(0 Handle(70) 9 10 1 ok)",
+        "port_accept(0 2)",
+        "port_send(0 [Handle(70), Handle(9)])",
+        "port_receive(0 [1, 0] [Handle(70)])",
+        "timer_arm(0 17)",
+        "channel_write(0 cd)",
+        "requests_config_changed()",
+        "requests_needs_reset()",
+        "requests_complete([Answer { request: Handle(70), written: 19 }])",
+    ];
+    assert_eq!(seen.0.take(), expected);
+    let done =
+        [OperationDone::new(Handle(70), Ok(())), OperationDone::new(Handle(71), Err(StoreError::NoSpace))];
+    // SAFETY: by the convention.
+    let statuses = unsafe {
+        [
+            (table().operations_done)(device.0, done.as_ptr(), 2),
+            (table().port_ready)(device.0, 1),
+            (table().port_changed)(device.0, 2),
+            (table().store_changed)(device.0, 3),
+            (table().channel_readable)(device.0, 4),
+            (table().channel_writable)(device.0, 5),
+            (table().timer_fired)(device.0, 6),
+        ]
+    };
+    assert_eq!(statuses, [Status::OK; 7]);
+    // SAFETY: by the convention.
+    let adjusted = device.ask(|table, device, sink| unsafe {
+        (table.adjust)(device, Bytes::new(b"k"), Bytes::new(b"v"), sink)
+    });
+    assert_eq!(adjusted.0, Status::OK);
+    let expected = [
+        "2 done Ok(()) Err(NoSpace)",
+        "2 port 1 ready",
+        "2 port 2 changed",
+        "2 store 3 changed",
+        "2 channel 4 readable",
+        "2 channel 5 writable",
+        "2 timer 6",
+        "2 k=v",
+    ];
+    assert_eq!(seen.0.take(), expected);
+}
+
+#[test]
+fn configuration_and_state_cross_and_a_panic_ends_the_instance() {
+    let seen = Seen::default();
+    let device = Instance::started(&seen);
+    let mut value = 0;
+    // SAFETY: by the convention.
+    unsafe {
+        assert_eq!((table().config_write)(device.0, 0, 4, 100), Status::OK);
+        assert_eq!((table().config_read)(device.0, 2, 4, &raw mut value), Status::OK);
+    }
+    assert_eq!(value, 106);
+    let mut schema = 0;
+    // SAFETY: by the convention.
+    let saved = device.ask(|table, device, sink| unsafe { (table.save)(device, &raw mut schema, sink) });
+    assert_eq!((saved, schema), ((Status::OK, 100u64.to_le_bytes().to_vec()), 2));
+    for (schema, data, right) in
+        [(2, &[1; 8][..], Status::OK), (3, &[1; 8], Status::REFUSED), (2, &[1; 7], Status::REFUSED)]
+    {
+        // SAFETY: by the convention.
+        let restored = device
+            .ask(|table, device, sink| unsafe { (table.restore)(device, schema, Bytes::new(data), sink) });
+        assert_eq!(restored.0, right, "schema {schema}, {} bytes", data.len());
+    }
+    // SAFETY: by the convention.
+    let statuses = unsafe { [(table().reset)(device.0), (table().port_ready)(device.0, 0)] };
+    assert_eq!(statuses, [Status::TRAPPED; 2]);
+    assert_eq!(seen.0.take(), ["panicked: no way back"]);
+}
+
+#[test]
+fn a_host_with_a_smaller_table_gets_no_instance() {
+    let small = VirtioHost { size: VirtioHost::SIZE - 8, ..HOST };
+    // SAFETY: no instance is made.
+    assert!(unsafe { (table().create)(&raw const small, ptr::null_mut()) }.is_null());
+}
