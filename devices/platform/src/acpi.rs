@@ -5,6 +5,8 @@
 
 mod pci;
 
+use std::ops::Range;
+
 use acpi_tables::aml::{
     self, EISAName, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, OpRegionSpace,
 };
@@ -115,31 +117,62 @@ fn bytecode(item: &dyn Aml) -> Vec<u8> {
 /// # Errors
 /// A device's hardware id is malformed, the tables are too long, or there is no memory at their place.
 pub fn write_tables(ram: &Ram, platform: &Platform) -> Result<u64, AcpiError> {
-    // The root pointer comes first, so each later table's address is known when it is referred to.
-    let mut image = vec![0; Rsdp::len().next_multiple_of(16)];
-    let mut place = |table: &[u8]| {
-        let address = ACPI_BASE + image.len() as u64;
-        image.extend(table);
-        image.resize(image.len().next_multiple_of(16), 0);
-        address
-    };
-    let dsdt = place(&dsdt(platform)?);
-    let fadt = place(&fadt(dsdt, platform));
-    let madt = place(&madt(platform));
-    let mut xsdt = XSDT::new(OEM, OEM_TABLE, REVISION);
-    xsdt.add_entry(fadt);
-    xsdt.add_entry(madt);
-    if platform.pci_buses > 0 {
-        xsdt.add_entry(place(&pci::mcfg(platform.pci_buses)));
-    }
-    let xsdt = place(&bytecode(&xsdt));
-    let rsdp = bytecode(&Rsdp::new(OEM, xsdt));
-    image[..rsdp.len()].copy_from_slice(&rsdp);
+    let image = build(platform, ACPI_BASE)?.bytes;
     if image.len() as u64 > RESET_VECTOR - ACPI_BASE {
         return Err(AcpiError::TooLong(image.len()));
     }
     ram.map().write_slice(&image, GuestAddress(ACPI_BASE))?;
     Ok(ACPI_BASE)
+}
+
+/// The root pointer's length, and where its fields are (ACPI 6.5 table 5.3).
+pub(crate) const RSDP_LENGTH: usize = 36;
+pub(crate) const RSDP_XSDT: usize = 24;
+pub(crate) const RSDP_CHECKSUM: usize = 8;
+pub(crate) const RSDP_LONG_CHECKSUM: usize = 32;
+/// Where a table's checksum is.
+pub(crate) const TABLE_CHECKSUM: usize = 9;
+/// Where the FADT and the XSDT have addresses.
+const FADT_DSDT: usize = 140;
+const XSDT_ENTRIES: usize = 36;
+
+/// The tables as they lie in memory.
+pub(crate) struct Image {
+    /// The root pointer first.
+    pub(crate) bytes: Vec<u8>,
+    /// Where each table is.
+    pub(crate) tables: Vec<Range<usize>>,
+    /// Where tables have an address of 8 bytes.
+    pub(crate) pointers: Vec<usize>,
+}
+
+/// Makes the tables for this address.
+pub(crate) fn build(platform: &Platform, base: u64) -> Result<Image, AcpiError> {
+    // The root pointer comes first, so each later table's address is known when it is referred to.
+    let mut bytes = vec![0; RSDP_LENGTH.next_multiple_of(16)];
+    let mut tables = Vec::new();
+    let mut place = |table: &[u8]| {
+        let start = bytes.len();
+        bytes.extend(table);
+        tables.push(start..bytes.len());
+        bytes.resize(bytes.len().next_multiple_of(16), 0);
+        start
+    };
+    let address = |start: usize| base + start as u64;
+    let dsdt = address(place(&dsdt(platform)?));
+    let fadt = place(&fadt(dsdt, platform));
+    let madt = place(&madt(platform));
+    let mut entries = vec![fadt, madt];
+    if platform.pci_buses > 0 {
+        entries.push(place(&pci::mcfg(platform.pci_buses)));
+    }
+    let mut table = XSDT::new(OEM, OEM_TABLE, REVISION);
+    entries.iter().for_each(|entry| table.add_entry(address(*entry)));
+    let xsdt = place(&bytecode(&table));
+    bytes[..RSDP_LENGTH].copy_from_slice(&bytecode(&Rsdp::new(OEM, address(xsdt))));
+    let mut pointers = vec![fadt + FADT_DSDT];
+    pointers.extend((0..entries.len()).map(|n| xsdt + XSDT_ENTRIES + 8 * n));
+    Ok(Image { bytes, tables, pointers })
 }
 
 fn port(number: u16) -> GAS {

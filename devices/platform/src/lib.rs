@@ -7,12 +7,14 @@
 //! | power registers | `power` | sleep control, reset and the power button |
 //! | PCI | `pci` | a host bridge with root buses, ECAM, hot plug |
 //! | virtio | `virtio` | devices as PCI functions, with split and packed queues |
+//! | firmware's chips | `firmware` | in a machine with PC firmware: fw_cfg, PM timer, flash |
 //! | old ways to reset | `reset` | code at F000:FFF0, the keyboard controller's reset command |
 //!
 //! This code is native and trusted. It knows no device plugin: an [`AcpiNode`] is made from what a plugin described.
 
 mod acpi;
 mod encode;
+mod firmware;
 mod map;
 mod pci;
 mod power;
@@ -20,6 +22,7 @@ mod reset;
 mod virtio;
 
 pub use acpi::{AcpiError, AcpiNode, Platform, Resource, write_tables};
+pub use firmware::{FirmwareBoard, FirmwareError, FirmwareParts, Flash, FlashStore};
 pub use map::{
     ACPI_BASE, ACPI_END, DEVICE_WINDOW, EBDA_BASE, MemoryKind, MemoryRange, RESET_VECTOR, memory_map,
 };

@@ -18,7 +18,8 @@ const PM_MISC: usize = 0x80;
 const PM_ON: u8 = 1;
 
 fn function(vendor: u16, device: u16, class: u32) -> Config {
-    let identity = Identity { vendor, device, subsystem_vendor: 0x1af4, subsystem: 0x1100, revision: 0, class };
+    let identity =
+        Identity { vendor, device, subsystem_vendor: 0x1af4, subsystem: 0x1100, revision: 0, class };
     Config::new(identity).fix()
 }
 

@@ -162,19 +162,19 @@ fn shown_as_a_pc_the_board_is_a_440fx_with_a_piix_and_slot_1_is_taken() {
     let read = |function: u64, at: u64| machine.mmio.read(ECAM_BASE + (function << 12) + at, 4);
     assert_eq!(read(0, 0), 0x0008_1b36);
     machine.pci.show_as_pc().unwrap();
-    assert_eq!([read(0, 0), read(8, 0), read(9, 0), read(11, 0)], [0x1237_8086, 0x7000_8086, 0xffff_ffff, 0x7113_8086]);
+    let ids = [0, 8, 9, 11].map(|function| read(function, 0));
+    assert_eq!(ids, [0x1237_8086, 0x7000_8086, 0xffff_ffff, 0x7113_8086]);
     assert_eq!((read(8, 8) >> 8, read(8, 12) >> 16 & 0xff), (0x06_0100, 0x80));
     machine.mmio.write(ECAM_BASE + (11 << 12) + 0x40, 4, 0);
     assert_eq!((read(11, 0x40), read(11, 0x80)), (0xb001, 1));
-    let device = Arc::new(TestDevice::default());
     let one = PciSlot { bus: 0, slot: 1 };
-    assert!(machine.pci.attach("first", device.clone(), Some(one)).is_err());
-    assert_eq!(machine.attach("first", &device), PciSlot { bus: 0, slot: 2 });
+    assert!(matches!(machine.pci.attach("echo", Echo::new(&[8]), Some(one)), Err(PciError::NoSlot(_))));
+    assert_eq!(machine.attach("echo", &Echo::new(&[8])), PciSlot { bus: 0, slot: 2 });
 }
 
 #[test]
 fn a_board_is_not_changed_under_a_device() {
     let machine = TestMachine::new(1);
-    machine.attach("first", &Arc::new(TestDevice::default()));
+    machine.attach("echo", &Echo::new(&[8]));
     assert!(matches!(machine.pci.show_as_pc(), Err(PciError::Taken { .. })));
 }
