@@ -307,6 +307,61 @@ fn many_connections_at_once_each_carry_their_own() {
 }
 
 #[test]
+fn a_datagram_to_where_nobody_listens_is_answered_by_an_error() {
+    let free = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let mut guest = Guest::new(network(&config()), ALL);
+    let buffer = || icmp::PacketBuffer::new(vec![icmp::PacketMetadata::EMPTY; 4], vec![0; 4096]);
+    let mut errors = icmp::Socket::new(buffer(), buffer());
+    errors.bind(icmp::Endpoint::Udp(703.into())).unwrap();
+    let errors = guest.sockets.add(errors);
+    let socket = guest.sockets.add(udp_socket(703));
+    guest.sockets.get_mut::<udp::Socket>(socket).send_slice(b"hello", at_gateway(free)).unwrap();
+    guest.run("the error", |guest| {
+        let (bytes, _) = guest.sockets.get_mut::<icmp::Socket>(errors).recv().ok()?;
+        let packet = Icmpv4Packet::new_checked(bytes).unwrap();
+        assert!(packet.verify_checksum());
+        assert_eq!((u8::from(packet.msg_type()), packet.msg_code()), (3, 3));
+        Some(())
+    });
+}
+
+#[test]
+fn a_guest_with_too_many_connections_loses_those_it_used_least() {
+    const LIMIT: usize = 512;
+    const MORE: usize = 20;
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    if limit.maximum.is_some_and(|most| most < 2000) {
+        println!("not run: this process may open {:?} files, and the test needs 2000", limit.maximum);
+        return;
+    }
+    let wanted = rustix::process::Rlimit {
+        current: Some(limit.current.map_or(4096, |now| now.max(2000))),
+        maximum: limit.maximum,
+    };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, wanted).unwrap();
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = server.local_addr().unwrap();
+    let mut guest = Guest::new(network(&config()), ALL);
+    let (mut connections, mut streams) = (Vec::new(), Vec::new());
+    for _ in 0..LIMIT + MORE {
+        let connection = guest.connect(at_gateway(address));
+        guest.run("one more connection", |guest| guest.tcp(connection).may_send().then_some(()));
+        connections.push(connection);
+        streams.push(server.accept().unwrap().0);
+        // The first of all is used again and again.
+        guest.tcp(connections[0]).send_slice(b".").unwrap();
+    }
+    guest.run("the loss of some", |guest| {
+        connections[1..=MORE].iter().all(|&c| guest.tcp(c).state() == tcp::State::Closed).then_some(())
+    });
+    let open = |guest: &mut Guest, c| guest.tcp(c).state() == tcp::State::Established;
+    assert!(open(&mut guest, connections[0]));
+    assert!(connections[MORE + 1..].iter().all(|&c| open(&mut guest, c)));
+    streams[1].set_read_timeout(Some(LONG)).unwrap();
+    assert_eq!(streams[1].read(&mut [0; 1]).unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+#[test]
 fn a_restricted_guest_gets_nothing_out() {
     let server = TcpListener::bind("127.0.0.1:0").unwrap();
     let udp = UdpSocket::bind("127.0.0.1:0").unwrap();

@@ -57,10 +57,13 @@ pub(super) fn icmp(link: &Link, mac: [u8; 6], from: Ipv4Addr, to: Ipv4Addr, mess
     Some(())
 }
 
+/// How much of a packet an error message quotes: with it the message has at most 576 bytes (RFC 1812 §4.3.2.3).
+pub(super) const QUOTE: usize = 576 - 28;
+
 /// Tells the guest that a packet of its could not be delivered (RFC 792): `code` 1 is the host, 3 the port, 13 a prohibition. `from` is who says so.
 pub(super) fn unreachable(link: &Link, mac: [u8; 6], from: Ipv4Addr, to: Ipv4Addr, code: u8, packet: &[u8]) {
     const UNREACHABLE: u8 = 3;
-    let quoted = &packet[..packet.len().min(28)];
+    let quoted = &packet[..packet.len().min(QUOTE)];
     let mut message = vec![UNREACHABLE, code, 0, 0, 0, 0, 0, 0];
     message.extend_from_slice(quoted);
     let sum = checksum::finish(checksum::sum(&message));

@@ -25,6 +25,8 @@ const FLOWS: usize = 512;
 const PAIRS: usize = 256;
 /// How often idle datagram pairs are looked for.
 const SWEEP: Duration = Duration::from_secs(5);
+/// The shortest time between two looks at a connection for the time's sake.
+const SOON: smoltcp::time::Duration = smoltcp::time::Duration::from_millis(1);
 /// The first port at the gateway's address that stands for a connection from outside.
 const FIRST_PORT: u16 = 49152;
 
@@ -230,7 +232,8 @@ impl Stack {
         flow.queued = false;
         let fate = flow.pump(&self.link, tick);
         let deadline = match fate {
-            Fate::Lives(deadline) => deadline,
+            // However early the stack wants to be asked again: not before all else had its turn.
+            Fate::Lives(deadline) => deadline.map(|at| at.max(tick + SOON)),
             Fate::Waits => {
                 if !self.blocked.contains(&id) {
                     self.blocked.push_back(id);

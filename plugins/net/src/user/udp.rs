@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, UdpSocket};
 use std::time::{Duration, Instant};
 
 use super::GATEWAY;
+use super::gateway::QUOTE;
 use super::link::{Link, UDP, short};
 use super::tcp::Key;
 
@@ -58,7 +59,7 @@ impl Pair {
         self.mac = mac;
         self.used = now;
         self.quote.clear();
-        self.quote.extend_from_slice(&ip[..ip.len().min(28)]);
+        self.quote.extend_from_slice(&ip[..ip.len().min(QUOTE)]);
         match self.socket.send(data) {
             // That was about the datagram before.
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => self.socket.send(data).is_ok(),
