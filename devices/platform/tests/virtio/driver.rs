@@ -336,6 +336,15 @@ impl Ring {
         Some((self.peek::<u32>(at) as u16, self.peek(at + 4)))
     }
 
+    /// Whether there is a used request to be seen.
+    pub(crate) fn has_used(&self) -> bool {
+        if self.packed {
+            let flags: u16 = self.peek(self.places[0] + 16 * u64::from(self.used) + 14);
+            return flags & 0x8080 == if self.used_wrap { 0x8080 } else { 0 };
+        }
+        self.peek::<u16>(self.places[2] + 2) != self.used
+    }
+
     /// Says after which request it wants an interrupt: `ahead` more than were seen.
     pub(crate) fn want_interrupt(&self, ahead: u16) {
         assert!(self.event_index);

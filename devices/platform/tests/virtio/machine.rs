@@ -53,10 +53,24 @@ impl TestMachine {
     }
 
     pub(crate) fn with_vm(buses: u8, vm: Option<Arc<dyn Vm>>) -> Self {
+        let controller = Arc::new(Controller::default());
+        Self::with(buses, vm, controller.clone(), controller)
+    }
+
+    /// Interrupts go to this one alone.
+    pub(crate) fn with_controller(to: Arc<dyn InterruptController>) -> Self {
+        Self::with(1, None, to, Arc::default())
+    }
+
+    fn with(
+        buses: u8,
+        vm: Option<Arc<dyn Vm>>,
+        to: Arc<dyn InterruptController>,
+        controller: Arc<Controller>,
+    ) -> Self {
         let ram = Ram::new(RAM).unwrap();
         let (pio, mmio) = (Bus::new(Space::Pio), Bus::new(Space::Mmio));
-        let controller = Arc::new(Controller::default());
-        let interrupts = Interrupts::new(controller.clone());
+        let interrupts = Interrupts::new(to);
         let requests = Requests::new();
         let line = interrupts.line("power", Some(POWER_BUTTON_GSI), Trigger::Level).unwrap();
         let power = Arc::new(PowerRegisters::new(requests.clone(), line));

@@ -11,3 +11,4 @@ mod pci;
 mod queues;
 mod random;
 mod registers;
+mod threads;
