@@ -78,8 +78,12 @@ pub(super) struct Flow {
     writable: bool,
     /// The host's end sends no more, and the guest was told.
     host_done: bool,
-    /// The guest sends no more, and the host was told.
+    /// The guest sends no more.
+    guest_ended: bool,
+    /// The guest sends no more, and the host has all of it and was told.
     guest_done: bool,
+    /// The host's socket failed.
+    broken: bool,
 }
 
 /// The wire, for one call into the connection's interface.
@@ -195,7 +199,9 @@ impl Flow {
             readable: false,
             writable: false,
             host_done: false,
+            guest_ended: false,
             guest_done: false,
+            broken: false,
         }
     }
 
@@ -330,6 +336,8 @@ impl Flow {
     fn over(&mut self) -> bool {
         let done = self.guest_done && self.host_done;
         match self.socket().state() {
+            // The host has not taken all that the guest had said before it left.
+            State::Closed if self.guest_ended && !self.guest_done && !self.broken => false,
             State::Closed => {
                 if !done {
                     // One end broke off: the host's is told so, and not that all was said.
@@ -357,14 +365,14 @@ impl Flow {
                 Ok(Err(error)) if error.kind() == ErrorKind::WouldBlock => self.writable = false,
                 _ => {
                     socket.abort();
+                    self.broken = true;
                     return true;
                 }
             }
         }
-        // The guest has said all, and the host has it.
-        let ended =
+        self.guest_ended |=
             matches!(socket.state(), State::CloseWait | State::LastAck | State::Closing | State::TimeWait);
-        if ended && !socket.can_recv() && !self.guest_done {
+        if self.guest_ended && !socket.can_recv() && !self.guest_done {
             let _ = self.stream.shutdown(Shutdown::Write);
             self.guest_done = true;
         }
@@ -392,6 +400,7 @@ impl Flow {
                 Ok(Err(error)) if error.kind() == ErrorKind::WouldBlock => self.readable = false,
                 _ => {
                     socket.abort();
+                    self.broken = true;
                     return true;
                 }
             }
