@@ -39,7 +39,11 @@ impl Numbers {
 /// Tries a plugin with its default settings. Returns what was done, a line each.
 pub(crate) fn run(plugin: &Arc<Plugin>) -> Result<Vec<String>> {
     match plugin.manifest().kind {
+        Kind::Device if plugin.is_virtio() => {
+            bail!("a virtio device is tried by its own tests; `tenon-testkit` drives one without a machine")
+        }
         Kind::Device => device(plugin),
+        Kind::Store => bail!("a store is tried by its own tests; `tenon-testkit` drives one without a machine"),
         Kind::Personality => personality(plugin),
     }
 }

@@ -29,6 +29,40 @@ pub(crate) mod device {
     clippy::pedantic,
     reason = "generated"
 )]
+pub(crate) mod virtio {
+    wasmtime::component::bindgen!({
+        path: "../../wit/device",
+        world: "virtio-plugin",
+        imports: { default: trappable },
+    });
+}
+
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    unsafe_code,
+    unused_variables,
+    clippy::all,
+    clippy::pedantic,
+    reason = "generated"
+)]
+pub(crate) mod store {
+    wasmtime::component::bindgen!({
+        path: "../../wit/store",
+        world: "store-plugin",
+        imports: { default: trappable },
+    });
+}
+
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    unsafe_code,
+    unused_variables,
+    clippy::all,
+    clippy::pedantic,
+    reason = "generated"
+)]
 pub(crate) mod personality {
     wasmtime::component::bindgen!({
         path: "../../wit/personality",

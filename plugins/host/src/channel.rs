@@ -7,10 +7,20 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::Sender;
-
 /// How many bytes each way of a channel holds.
 pub const CHANNEL_CAPACITY: usize = 64 << 10;
+
+/// What a device is told of its channel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ChannelNews {
+    /// There are bytes to read.
+    Readable(u32),
+    /// There is room again.
+    Writable(u32),
+}
+
+/// Tells a device's worker. It does not block, and does not call back.
+pub(crate) type Tell = Box<dyn Fn(ChannelNews) + Send>;
 
 struct State {
     /// To the device.
@@ -23,8 +33,10 @@ struct State {
     in_flight: bool,
     /// The device wants to be told when there is input.
     wanted: bool,
+    /// The device wrote more than fitted, and is to be told when there is room.
+    short: bool,
     /// Tells the device's worker; gone when the device is.
-    worker: Option<Sender<u32>>,
+    worker: Option<Tell>,
     dropped: u64,
 }
 
@@ -40,13 +52,14 @@ pub(crate) struct Channel {
 }
 
 impl Channel {
-    pub(crate) fn new(name: String, index: u32, worker: Sender<u32>) -> Arc<Self> {
+    pub(crate) fn new(name: String, index: u32, worker: Tell) -> Arc<Self> {
         let state = State {
             input: VecDeque::new(),
             output: VecDeque::new(),
             listening: false,
             in_flight: false,
             wanted: false,
+            short: false,
             worker: Some(worker),
             dropped: 0,
         };
@@ -70,6 +83,7 @@ impl Channel {
             let room = CHANNEL_CAPACITY - state.output.len();
             let taken = bytes.len().min(room);
             state.output.extend(&bytes[..taken]);
+            state.short |= taken < bytes.len();
             self.output_changed.notify_all();
             taken
         } else {
@@ -110,7 +124,23 @@ impl Channel {
         if state.wanted && !state.input.is_empty() {
             state.wanted = false;
             if let Some(worker) = &state.worker {
-                let _ = worker.try_send(self.index);
+                worker(ChannelNews::Readable(self.index));
+            }
+        }
+    }
+
+    /// A new instance was given the answer again that not everything fitted: it is to be told when there is room.
+    pub(crate) fn want_room(&self) {
+        let mut state = self.lock();
+        state.short = true;
+        self.tell_room(&mut state);
+    }
+
+    fn tell_room(&self, state: &mut State) {
+        if state.short && state.output.len() < CHANNEL_CAPACITY {
+            state.short = false;
+            if let Some(worker) = &state.worker {
+                worker(ChannelNews::Writable(self.index));
             }
         }
     }
@@ -176,6 +206,7 @@ impl ChannelEnd {
         state.listening = true;
         let count = max.min(state.output.len());
         let bytes = state.output.drain(..count).collect();
+        self.channel.tell_room(&mut state);
         self.channel.output_changed.notify_all();
         bytes
     }
@@ -198,6 +229,7 @@ impl ChannelEnd {
                     state = channel.output_changed.wait(state).unwrap_or_else(PoisonError::into_inner);
                 }
                 let bytes: Vec<u8> = state.output.drain(..).collect();
+                channel.tell_room(&mut state);
                 state.in_flight = true;
                 drop(state);
                 sink(&bytes);

@@ -23,6 +23,42 @@ const DEVICE: Offer = &[
     ("machine-control", &["ask"]),
 ];
 
+const VIRTIO: Offer = &[
+    ("types", &[]),
+    ("virtio-types", &[]),
+    ("log", &["log"]),
+    ("time", &["now", "[method]timer.arm", "[method]timer.arm-periodic", "[method]timer.cancel"]),
+    ("wall-clock", &["now"]),
+    ("channels", &["[method]channel.write", "[method]channel.read"]),
+    (
+        "requests",
+        &["read", "write", "complete", "to-channel", "from-channel", "config-changed", "needs-reset"],
+    ),
+    (
+        "stores",
+        &[
+            "[method]store.info",
+            "[method]store.read",
+            "[method]store.write",
+            "[method]store.flush",
+            "[method]store.discard",
+            "[method]store.write-zeroes",
+        ],
+    ),
+    (
+        "ports",
+        &[
+            "[method]port.info",
+            "[method]port.accept",
+            "[method]port.send",
+            "[method]port.waiting",
+            "[method]port.receive",
+        ],
+    ),
+    ("entropy", &["fill"]),
+    ("guest-pages", &["release-numbered", "release-own", "memory-size"]),
+];
+
 const PERSONALITY: Offer = &[
     ("types", &[]),
     ("log", &["log"]),
@@ -30,25 +66,63 @@ const PERSONALITY: Offer = &[
     ("guest-memory", &["[method]memory.write", "[method]memory.copy-image"]),
 ];
 
-impl Kind {
-    fn package(self) -> &'static str {
-        match self {
-            Self::Device => "tenon:device",
-            Self::Personality => "tenon:personality",
-        }
-    }
+const STORE: Offer = &[
+    ("types", &[]),
+    ("log", &["log"]),
+    ("time", &["now", "wait"]),
+    ("entropy", &["random"]),
+    ("lower-stores", &["[method]lower.info", "[method]lower.submit", "[method]lower.resize"]),
+    ("connections", &["connect", "[method]connection.send", "[method]connection.receive"]),
+];
 
+/// What a plugin implements: one of its kind's interfaces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// Registers.
+    Device,
+    /// Virtqueues.
+    Virtio,
+    /// A guest's loader.
+    Personality,
+    /// A backing store.
+    Store,
+}
+
+impl Role {
     fn interface(self) -> &'static str {
         match self {
             Self::Device => "device",
+            Self::Virtio => "virtio-device",
             Self::Personality => "personality",
+            Self::Store => "store",
         }
     }
 
     fn offer(self) -> Offer {
         match self {
             Self::Device => DEVICE,
+            Self::Virtio => VIRTIO,
             Self::Personality => PERSONALITY,
+            Self::Store => STORE,
+        }
+    }
+}
+
+impl Kind {
+    fn package(self) -> &'static str {
+        match self {
+            Self::Device => "tenon:device",
+            Self::Personality => "tenon:personality",
+            Self::Store => "tenon:store",
+        }
+    }
+
+    /// What a plugin of this kind may be; it is what it exports.
+    fn roles(self) -> &'static [Role] {
+        match self {
+            Self::Device => &[Role::Device, Role::Virtio],
+            Self::Personality => &[Role::Personality],
+            Self::Store => &[Role::Store],
         }
     }
 }
@@ -103,9 +177,9 @@ pub enum Misfit {
         permitted: String,
     },
     /// It does not do what its kind does.
-    #[error("it does not export `{wanted}`, so it is no {kind}; it exports {found}")]
+    #[error("it does not export {wanted}, so it is no {kind}; it exports {found}")]
     NoExport {
-        /// The interface.
+        /// The interfaces, one of which would do.
         wanted: String,
         /// The manifest's kind.
         kind: Kind,
@@ -130,27 +204,35 @@ pub struct Import {
     pub functions: Vec<String>,
 }
 
-/// Checks a component against its manifest and gives its imports.
+/// Checks a component against its manifest; gives what it implements, and its imports.
 pub(crate) fn check(
     engine: &Engine,
     component: &Component,
     manifest: &Manifest,
-) -> Result<Vec<Import>, Misfit> {
+) -> Result<(Role, Vec<Import>), Misfit> {
     check_api(manifest)?;
     let kind = manifest.kind;
     let ty = component.component_type();
+    let exports: Vec<String> = ty.exports(engine).map(|(name, _)| name.to_owned()).collect();
+    let exported = exports.iter().find_map(|name| {
+        let (interface, version) = parse(name, kind.package())?;
+        let role = kind.roles().iter().find(|role| role.interface() == interface)?;
+        Some((name, version, *role))
+    });
+    // Imports are checked first: what cannot be had is more than what is missing.
+    let role = exported.map_or(kind.roles()[0], |(_, _, role)| role);
     let mut imports = Vec::new();
     for (name, item) in ty.imports(engine) {
         let unknown = || Misfit::UnknownImport {
             import: name.to_owned(),
             kind,
             offered: list(
-                kind.offer().iter().map(|(interface, _)| format!("{}/{interface}", kind.package())),
+                role.offer().iter().map(|(interface, _)| format!("{}/{interface}", kind.package())),
             ),
         };
         let (interface, wanted) = parse(name, kind.package()).ok_or_else(unknown)?;
         let (_, offered) =
-            kind.offer().iter().find(|(offered, _)| *offered == interface).ok_or_else(unknown)?;
+            role.offer().iter().find(|(offered, _)| *offered == interface).ok_or_else(unknown)?;
         if !HOST_API.runs(wanted) {
             return Err(Misfit::ImportVersion { import: name.to_owned(), wanted });
         }
@@ -171,20 +253,20 @@ pub(crate) fn check(
         }
         imports.push(Import { interface: name.to_owned(), functions });
     }
-    let exports: Vec<String> = ty.exports(engine).map(|(name, _)| name.to_owned()).collect();
-    let exported = exports.iter().find_map(|name| {
-        parse(name, kind.package())
-            .filter(|(interface, _)| *interface == kind.interface())
-            .map(|(_, v)| (name, v))
-    });
     match exported {
-        Some((_, version)) if HOST_API.runs(version) => Ok(imports),
-        Some((name, wanted)) => Err(Misfit::ImportVersion { import: name.clone(), wanted }),
-        None => Err(Misfit::NoExport {
-            wanted: format!("{}/{}@{HOST_API}", kind.package(), kind.interface()),
-            kind,
-            found: list(exports.into_iter()),
-        }),
+        Some((_, version, role)) if HOST_API.runs(version) => Ok((role, imports)),
+        Some((name, wanted, _)) => Err(Misfit::ImportVersion { import: name.clone(), wanted }),
+        None => {
+            let wanted = kind
+                .roles()
+                .iter()
+                .map(|role| format!("`{}/{}@{HOST_API}`", kind.package(), role.interface()));
+            Err(Misfit::NoExport {
+                wanted: wanted.collect::<Vec<_>>().join(" or "),
+                kind,
+                found: list(exports.into_iter()),
+            })
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use crossbeam_channel::Receiver;
 use tenon_abi::{Description, DeviceError, SavedState, Space, Trigger};
 use tenon_core::{Bus, BusError, Claim, Clock, Interrupts, Lifecycle, LineError, Region, Requests};
 
-use crate::channel::{Channel, ChannelEnd};
+use crate::channel::{Channel, ChannelEnd, ChannelNews};
 use crate::fault::Fault;
 use crate::instance::Call;
 use crate::manifest::{Kind, SettingError};
@@ -44,8 +44,33 @@ pub struct MachineParts {
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
     /// The plugin is no device.
-    #[error("`{0}` is a personality, not a device")]
-    NotADevice(String),
+    #[error("`{plugin}` is a {kind}, not a device")]
+    NotADevice {
+        /// The plugin's id.
+        plugin: String,
+        /// What it is.
+        kind: Kind,
+    },
+    /// The plugin is a device of the other sort.
+    #[error("`{plugin}` is {what}")]
+    OtherDevice {
+        /// The plugin's id.
+        plugin: String,
+        /// What it is.
+        what: &'static str,
+    },
+    /// It needs something that it was not given.
+    #[error("device `{device}` needs a {what} named `{name}`; it was given {given}")]
+    Missing {
+        /// The device's name.
+        device: String,
+        /// `store` or `network port`.
+        what: &'static str,
+        /// The name that it asks for.
+        name: String,
+        /// The names that there are.
+        given: String,
+    },
     /// A setting.
     #[error(transparent)]
     Setting(#[from] SettingError),
@@ -167,7 +192,16 @@ impl Plugin {
         parts: &MachineParts,
     ) -> Result<Arc<Device>, AttachError> {
         if self.manifest.kind != Kind::Device {
-            return Err(AttachError::NotADevice(self.manifest.id.clone()));
+            return Err(AttachError::NotADevice {
+                plugin: self.manifest.id.clone(),
+                kind: self.manifest.kind,
+            });
+        }
+        if self.is_virtio() {
+            return Err(AttachError::OtherDevice {
+                plugin: self.manifest.id.clone(),
+                what: "fed by virtqueues, and has no registers",
+            });
         }
         let settings = self.manifest.settings(settings)?;
         let refused = |refusal| match refusal {
@@ -223,7 +257,15 @@ impl Plugin {
         let (sender, receiver) = crossbeam_channel::bounded(MOST[3]);
         let channels: Vec<_> = (0..)
             .zip(&description.channels)
-            .map(|(index, name)| Channel::new(name.clone(), index, sender.clone()))
+            .map(|(index, name)| {
+                let sender = sender.clone();
+                let tell = move |news| {
+                    if let ChannelNews::Readable(channel) = news {
+                        let _ = sender.try_send(channel);
+                    }
+                };
+                Channel::new(name.clone(), index, Box::new(tell))
+            })
             .collect();
         if !channels.is_empty() {
             serve(name, Arc::downgrade(&shared), receiver)

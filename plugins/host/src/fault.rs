@@ -46,6 +46,18 @@ impl fmt::Display for TooManyHostCalls {
 
 impl std::error::Error for TooManyHostCalls {}
 
+/// Raised by a host function that was used as the contract forbids.
+#[derive(Debug)]
+pub(crate) struct Misuse(pub(crate) String);
+
+impl fmt::Display for Misuse {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Misuse {}
+
 /// Raised by the limiter when memory or a table grows past its limit.
 #[derive(Debug)]
 pub(crate) struct OverLimit(pub(crate) String);

@@ -32,8 +32,11 @@ pub(crate) fn open_regular(path: &Path) -> io::Result<File> {
     Err(io::Error::other(format!("this is {is}, not a regular file")))
 }
 
-/// Reads a regular file of at most `most` bytes.
-pub(crate) fn read_bounded(path: &Path, most: u64) -> io::Result<Vec<u8>> {
+/// Reads a regular file of at most `most` bytes, without waiting for anybody.
+///
+/// # Errors
+/// It is not a regular file, is larger, or cannot be read.
+pub fn read_bounded(path: &Path, most: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     open_regular(path)?.take(most.saturating_add(1)).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > most {

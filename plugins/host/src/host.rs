@@ -10,10 +10,12 @@ use std::time::Duration;
 use wasmtime::component::{Component, HasSelf, Linker};
 use wasmtime::{Config, Engine, WasmFeatures};
 
-use crate::bindings::{device, personality};
+use crate::bindings::{device, personality, store, virtio};
 use crate::cache::{Cache, CacheUse};
 use crate::fault::OverLimit;
 use crate::guest::GuestState;
+use crate::store::StoreState;
+use crate::virtio::VirtioState;
 use crate::wasm::DeviceState;
 
 /// How long one component may take to compile.
@@ -24,7 +26,9 @@ pub struct Host {
     pub(crate) engine: Engine,
     pub(crate) ticker: Arc<Ticker>,
     pub(crate) devices: Linker<DeviceState>,
+    pub(crate) virtio_devices: Linker<VirtioState>,
     pub(crate) personalities: Linker<GuestState>,
+    pub(crate) stores: Linker<StoreState>,
     cache: Option<Cache>,
 }
 
@@ -50,6 +54,11 @@ impl Host {
         let engine = Engine::new(&config()).map_err(wrong)?;
         let mut devices = Linker::new(&engine);
         device::DevicePlugin::add_to_linker::<_, HasSelf<_>>(&mut devices, |state| state).map_err(wrong)?;
+        let mut virtio_devices = Linker::new(&engine);
+        virtio::VirtioPlugin::add_to_linker::<_, HasSelf<_>>(&mut virtio_devices, |state| state)
+            .map_err(wrong)?;
+        let mut stores = Linker::new(&engine);
+        store::StorePlugin::add_to_linker::<_, HasSelf<_>>(&mut stores, |state| state).map_err(wrong)?;
         let mut personalities = Linker::new(&engine);
         personality::PersonalityPlugin::add_to_linker::<_, HasSelf<_>>(&mut personalities, |state| state)
             .map_err(wrong)?;
@@ -61,7 +70,7 @@ impl Host {
                 .ok()
         });
         let ticker = Ticker::start(&engine)?;
-        Ok(Arc::new(Self { engine, ticker, devices, personalities, cache }))
+        Ok(Arc::new(Self { engine, ticker, devices, virtio_devices, personalities, stores, cache }))
     }
 
     /// How the cache for compiled plugins was used so far.
@@ -214,6 +223,19 @@ impl Allowance {
     pub(crate) fn begin(&mut self) {
         self.ticker.touch();
         self.until = None;
+    }
+
+    /// The call goes into the host, where it may wait.
+    pub(crate) fn leave(&self) -> Duration {
+        thread_time()
+    }
+
+    /// The call comes back from the host, into which it went at `left`: what the thread did there does not count.
+    pub(crate) fn back(&mut self, left: Duration) {
+        self.ticker.touch();
+        if let Some(until) = &mut self.until {
+            *until += thread_time().saturating_sub(left);
+        }
     }
 
     /// The epoch has reached the deadline that was set.

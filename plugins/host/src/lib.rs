@@ -49,7 +49,9 @@ mod manifest;
 mod native;
 mod plugin;
 mod services;
+mod store;
 mod supervise;
+mod virtio;
 mod wasm;
 
 pub use bundle::{Bundle, BundleError, Catalog};
@@ -58,6 +60,7 @@ pub use channel::{CHANNEL_CAPACITY, ChannelEnd};
 pub use contract::{Import, Misfit};
 pub use device::{AttachError, Device, MachineParts};
 pub use fault::Fault;
+pub use files::read_bounded;
 pub use guest::{Boot, GuestError, Image};
 pub use host::{Host, HostError};
 pub use manifest::{
@@ -66,5 +69,9 @@ pub use manifest::{
 };
 pub use native::NativeError;
 pub use plugin::{Grants, LoadError, LoadProblem, Plugin};
+pub use store::{
+    Completed, Data, MAX_TRANSFER, OpenError, Operation, OperationKind, Store, StoreGrants, StoreUse,
+};
 pub use supervise::{DeviceUse, Status};
 pub use tenon_abi as abi;
+pub use virtio::{VirtioDevice, VirtioParts, VirtioUse};

@@ -19,6 +19,10 @@ pub const HOST_API: Version = Version { major: 0, minor: 1, patch: 0 };
 const DEVICE_MEMORY: u64 = 256 << 20;
 /// The most memory that a personality gets: it may hold an unpacked kernel.
 const PERSONALITY_MEMORY: u64 = 1 << 30;
+/// The most memory that a store gets: it may keep blocks in it.
+const STORE_MEMORY: u64 = 1 << 30;
+/// The longest deadline of one call into a store, without the time that it waits.
+const STORE_DEADLINE: u64 = 60_000;
 /// The longest deadline of one call into a device.
 const DEVICE_DEADLINE: u64 = 10_000;
 /// The longest deadline of a personality's `load`.
@@ -74,10 +78,12 @@ impl<'de> Deserialize<'de> for Version {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
-    /// A register-level device.
+    /// A device: of registers, or fed by virtqueues.
     Device,
     /// A guest-OS personality.
     Personality,
+    /// A backing store.
+    Store,
 }
 
 impl fmt::Display for Kind {
@@ -85,6 +91,7 @@ impl fmt::Display for Kind {
         f.write_str(match self {
             Self::Device => "device",
             Self::Personality => "personality",
+            Self::Store => "store",
         })
     }
 }
@@ -94,7 +101,20 @@ impl Kind {
     #[must_use]
     pub fn permissions(self) -> &'static [&'static str] {
         match self {
-            Self::Device => &["log", "time", "wall-clock", "interrupts", "channels", "machine-control"],
+            Self::Device => &[
+                "log",
+                "time",
+                "wall-clock",
+                "interrupts",
+                "channels",
+                "machine-control",
+                "requests",
+                "stores",
+                "ports",
+                "entropy",
+                "guest-pages",
+            ],
+            Self::Store => &["log", "time", "entropy", "lower-stores", "connections"],
             Self::Personality => &["log", "images", "guest-memory"],
         }
     }
@@ -311,6 +331,7 @@ impl Manifest {
             Kind::Personality => {
                 (PERSONALITY_MEMORY, PERSONALITY_MEMORY, PERSONALITY_DEADLINE, PERSONALITY_DEADLINE)
             }
+            Kind::Store => (64 << 20, STORE_MEMORY, 1000, STORE_DEADLINE),
         };
         let memory = match &raw.limits.memory {
             Some(text) => parse_size(text).map_err(|wrong| format!("limits.memory: {wrong}"))?,
@@ -320,9 +341,10 @@ impl Manifest {
         if memory < 64 << 10 || deadline == 0 {
             return Err("limits: memory is at least 64 KiB and deadline-ms at least 1".into());
         }
-        if raw.kind == Kind::Device && raw.state.is_none() {
+        if matches!(raw.kind, Kind::Device | Kind::Store) && raw.state.is_none() {
             return Err(
-                "a device needs `[state] schema = N`, the number of the layout of its saved state".into()
+                "a device or store needs `[state] schema = N`, the number of the layout of its saved state"
+                    .into(),
             );
         }
         let mut manifest = Self {

@@ -13,7 +13,8 @@ use std::sync::Arc;
 use libloading::Library;
 use tenon_abi as abi;
 use tenon_abi::{
-    Bytes, DeviceHost, DeviceTable, PersonalityError, PersonalityHost, PersonalityTable, Sink, wire,
+    Bytes, DeviceHost, DeviceTable, PersonalityError, PersonalityHost, PersonalityTable, Sink, StoreTable,
+    VirtioTable, wire,
 };
 use tenon_abi::{Description, SavedState};
 
@@ -72,17 +73,19 @@ pub enum NativeError {
 #[derive(Clone, Copy)]
 enum Table {
     Device(&'static DeviceTable),
+    Virtio(&'static VirtioTable),
     Personality(&'static PersonalityTable),
+    Store(&'static StoreTable),
 }
 
-/// A loaded library.
+/// Native code: a loaded library, or a part of this program.
 pub(crate) struct Native {
     table: Table,
-    /// The tables live in it.
-    _library: Library,
+    /// The tables live in it; none if they are part of this program.
+    library: Option<Library>,
     /// The file that it was loaded from. The loader tells libraries apart by name, and this one's is the descriptor's number: were it
     /// closed, the next library would get the same name, and this one's code.
-    _file: std::fs::File,
+    _file: Option<std::fs::File>,
 }
 
 impl Native {
@@ -114,6 +117,37 @@ impl Native {
         }
         // SAFETY: magic and version say that this is a `Plugin` as we know it; it lives as long as the library.
         let plugin: &'static abi::Plugin = unsafe { &*plugin };
+        Ok((
+            Self { table: Self::check(plugin, manifest)?, library: Some(library), _file: Some(memory) },
+            digest,
+        ))
+    }
+
+    /// Takes code that is part of this program.
+    pub(crate) fn linked(plugin: &'static abi::Plugin, manifest: &Manifest) -> Result<Self, NativeError> {
+        if plugin.magic != abi::MAGIC || plugin.abi != abi::ABI_VERSION {
+            return Err(NativeError::Abi { found: plugin.abi });
+        }
+        Ok(Self { table: Self::check(plugin, manifest)?, library: None, _file: None })
+    }
+
+    /// Whether it is part of this program.
+    pub(crate) fn is_linked(&self) -> bool {
+        self.library.is_none()
+    }
+
+    /// Whether it is a virtio device.
+    pub(crate) fn virtio(&self) -> Option<&'static VirtioTable> {
+        if let Table::Virtio(table) = self.table { Some(table) } else { None }
+    }
+
+    /// The table of a store.
+    pub(crate) fn store(&self) -> Option<&'static StoreTable> {
+        if let Table::Store(table) = self.table { Some(table) } else { None }
+    }
+
+    /// The table that the manifest promises.
+    fn check(plugin: &'static abi::Plugin, manifest: &Manifest) -> Result<Table, NativeError> {
         // SAFETY: the contract is a constant of the library.
         let contract = String::from_utf8_lossy(unsafe { plugin.contract.as_slice() });
         if !contract.parse::<Version>().is_ok_and(|version| crate::HOST_API.runs(version)) {
@@ -121,9 +155,14 @@ impl Native {
         }
         let kind = manifest.kind;
         let (table, found, wanted) = match kind {
-            Kind::Device => {
-                let table = plugin.device.ok_or(NativeError::Kind(kind))?;
-                (Table::Device(table), table.size, DeviceTable::SIZE)
+            Kind::Device => match (plugin.device, plugin.virtio) {
+                (Some(table), _) => (Table::Device(table), table.size, DeviceTable::SIZE),
+                (None, Some(table)) => (Table::Virtio(table), table.size, VirtioTable::SIZE),
+                (None, None) => return Err(NativeError::Kind(kind)),
+            },
+            Kind::Store => {
+                let table = plugin.store.ok_or(NativeError::Kind(kind))?;
+                (Table::Store(table), table.size, StoreTable::SIZE)
             }
             Kind::Personality => {
                 let table = plugin.personality.ok_or(NativeError::Kind(kind))?;
@@ -133,13 +172,13 @@ impl Native {
         if found < wanted {
             return Err(NativeError::Table { kind, found, wanted });
         }
-        Ok((Self { table, _library: library, _file: memory }, digest))
+        Ok(table)
     }
 
     /// Makes a device.
     pub(crate) fn device(self: &Arc<Self>) -> Result<NativeDevice, Fault> {
         let Table::Device(table) = self.table else {
-            return Err(Fault::Contract("it is a personality, not a device".into()));
+            return Err(Fault::Contract("it has no device of registers".into()));
         };
         let context = Box::into_raw(Box::new(Context { services: None, panic: None }));
         // SAFETY: the table was checked; host table and context are good until `destroy`, in `drop`.
@@ -156,7 +195,7 @@ impl Native {
         options: &[(String, String)],
     ) -> Result<Result<abi::Boot, PersonalityError>, Fault> {
         let Table::Personality(table) = self.table else {
-            return Err(Fault::Contract("it is a device, not a personality".into()));
+            return Err(Fault::Contract("it is no personality".into()));
         };
         let images = u32::try_from(loading.images.len()).unwrap_or(u32::MAX);
         let mut context = GuestContext { loading, panic: None };

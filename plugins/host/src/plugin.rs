@@ -8,15 +8,19 @@ use tenon_core::Ram;
 
 use crate::bindings::device::DevicePluginPre;
 use crate::bindings::personality::PersonalityPluginPre;
+use crate::bindings::store::StorePluginPre;
+use crate::bindings::virtio::VirtioPluginPre;
 use crate::bundle::{Bundle, MAX_CODE};
-use crate::contract::{self, Import, Misfit};
+use crate::contract::{self, Import, Misfit, Role};
 use crate::fault::Fault;
 use crate::guest::{self, Boot, GuestError, GuestState, Image, Loading};
 use crate::host::Host;
 use crate::instance::DeviceInstance;
-use crate::manifest::{Kind, Manifest};
+use crate::manifest::{Kind, Manifest, ManifestError};
 use crate::native::{Native, NativeError};
 use crate::services::LogLimit;
+use crate::store::StoreState;
+use crate::virtio::VirtioState;
 use crate::wasm::{DeviceState, WasmDevice};
 
 /// What an administrator allows beyond what every plugin gets.
@@ -73,6 +77,9 @@ pub enum LoadProblem {
     /// The native library.
     #[error(transparent)]
     Native(#[from] NativeError),
+    /// The manifest of code that is part of this program.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
 }
 
 /// A loaded plugin. Any number of devices can be made of it.
@@ -82,12 +89,14 @@ pub struct Plugin {
     origin: String,
     digest: [u8; 32],
     imports: Vec<Import>,
-    code: Code,
+    pub(crate) code: Code,
 }
 
-enum Code {
+pub(crate) enum Code {
     Device(DevicePluginPre<DeviceState>),
+    Virtio(VirtioPluginPre<VirtioState>),
     Personality(PersonalityPluginPre<GuestState>),
+    Store(StorePluginPre<StoreState>),
     Native(Arc<Native>),
 }
 
@@ -117,19 +126,56 @@ impl Host {
         }
         let digest = *blake3::hash(&wasm).as_bytes();
         let component = self.compile(&wasm, &digest).map_err(LoadProblem::Component)?;
-        let imports = contract::check(&self.engine, &component, &manifest)?;
+        let (role, imports) = contract::check(&self.engine, &component, &manifest)?;
         let types = |error: wasmtime::Error| LoadProblem::Misfit(Misfit::Types(format!("{error:#}")));
-        let code = match manifest.kind {
-            Kind::Device => {
+        let code = match role {
+            Role::Device => {
                 let pre = self.devices.instantiate_pre(&component).map_err(types)?;
                 Code::Device(DevicePluginPre::new(pre).map_err(types)?)
             }
-            Kind::Personality => {
+            Role::Virtio => {
+                let pre = self.virtio_devices.instantiate_pre(&component).map_err(types)?;
+                Code::Virtio(VirtioPluginPre::new(pre).map_err(types)?)
+            }
+            Role::Store => {
+                let pre = self.stores.instantiate_pre(&component).map_err(types)?;
+                Code::Store(StorePluginPre::new(pre).map_err(types)?)
+            }
+            Role::Personality => {
                 let pre = self.personalities.instantiate_pre(&component).map_err(types)?;
                 Code::Personality(PersonalityPluginPre::new(pre).map_err(types)?)
             }
         };
         Ok(Arc::new(Plugin { host, manifest, origin, digest, imports, code }))
+    }
+
+    /// Takes a native plugin that is part of this program, with its `plugin.toml`. It needs nobody's permission, being trusted as the program is, and its origin is
+    /// `built-in`.
+    ///
+    /// # Errors
+    /// Its manifest cannot be read, or does not fit it.
+    pub fn builtin(
+        self: &Arc<Self>,
+        code: &'static abi::Plugin,
+        manifest: &str,
+    ) -> Result<Arc<Plugin>, LoadError> {
+        let origin = "built-in";
+        let parsed = Manifest::parse(origin, manifest);
+        let id = parsed.as_ref().map_or_else(|_| String::new(), |manifest| manifest.id.clone());
+        let load = |manifest: Result<Manifest, ManifestError>| -> Result<Arc<Plugin>, LoadProblem> {
+            let manifest = manifest?;
+            contract::check_api(&manifest)?;
+            let code = Code::Native(Arc::new(Native::linked(code, &manifest)?));
+            Ok(Arc::new(Plugin {
+                host: self.clone(),
+                manifest,
+                origin: origin.into(),
+                digest: [0; 32],
+                imports: Vec::new(),
+                code,
+            }))
+        };
+        load(parsed).map_err(|error| LoadError { plugin: id, origin: origin.into(), error })
     }
 }
 
@@ -146,10 +192,26 @@ impl Plugin {
         &self.origin
     }
 
-    /// The BLAKE3 digest of its code, in hexadecimal.
+    /// The BLAKE3 digest of its code, in hexadecimal; zeroes if it is part of this program.
     #[must_use]
     pub fn digest(&self) -> String {
         blake3::Hash::from(self.digest).to_hex().to_string()
+    }
+
+    /// Whether it is a device that is fed by virtqueues ([`Plugin::attach_virtio`]), and not one of registers ([`Plugin::attach`]).
+    #[must_use]
+    pub fn is_virtio(&self) -> bool {
+        match &self.code {
+            Code::Virtio(_) => true,
+            Code::Native(native) => native.virtio().is_some(),
+            _ => false,
+        }
+    }
+
+    /// Whether it is part of this program.
+    #[must_use]
+    pub fn is_builtin(&self) -> bool {
+        matches!(&self.code, Code::Native(native) if native.is_linked())
     }
 
     /// Whether it runs as native code.
@@ -169,7 +231,9 @@ impl Plugin {
         match &self.code {
             Code::Device(pre) => Ok(Box::new(WasmDevice::new(&self.host, pre, &self.manifest.limits)?)),
             Code::Native(native) => Ok(Box::new(native.device()?)),
-            Code::Personality(_) => Err(Fault::Contract("it is a personality, not a device".into())),
+            Code::Personality(_) | Code::Virtio(_) | Code::Store(_) => {
+                Err(Fault::Contract("it has no device of registers".into()))
+            }
         }
     }
 
@@ -201,7 +265,9 @@ impl Plugin {
             Code::Native(native) if self.manifest.kind == Kind::Personality => {
                 native.load(loading, machine, &options)
             }
-            Code::Native(_) | Code::Device(_) => return Err(GuestError::NotAPersonality(plugin)),
+            Code::Native(_) | Code::Device(_) | Code::Virtio(_) | Code::Store(_) => {
+                return Err(GuestError::NotAPersonality(plugin));
+            }
         };
         match result {
             Ok(Ok(boot)) => {

@@ -37,7 +37,7 @@ const MAX_READ: u32 = 64 << 10;
 
 /// One answer or effect.
 #[derive(Debug)]
-enum Record {
+pub(crate) enum Record {
     Now(u64),
     Wall(u64),
     Read(Box<[u8]>),
@@ -275,6 +275,33 @@ impl Services {
         }
         self.note(record);
         true
+    }
+
+    /// Takes the records away: imports work as always until [`Services::put_back`].
+    pub(crate) fn set_aside(&mut self) -> Vec<Record> {
+        self.preparing = false;
+        self.cursor = 0;
+        std::mem::take(&mut self.records)
+    }
+
+    /// From here on, imports are answered from these records, as long as there are any.
+    pub(crate) fn put_back(&mut self, records: Vec<Record>) {
+        self.records = records;
+        self.cursor = 0;
+    }
+
+    /// Whether a new instance is being started and restored.
+    pub(crate) fn preparing(&self) -> bool {
+        self.preparing
+    }
+
+    pub(crate) fn channel(&self, channel: u32) -> Option<&Arc<Channel>> {
+        self.channels.get(usize::try_from(channel).ok()?)
+    }
+
+    /// The machine's clock.
+    pub(crate) fn clock(&self) -> &Clock {
+        &self.clock
     }
 
     // Imports.

@@ -13,7 +13,7 @@ use wasmtime::{Store, Trap};
 use crate::bindings::device::exports::tenon::device::device as export;
 use crate::bindings::device::tenon::device as import;
 use crate::bindings::device::{DevicePlugin, DevicePluginPre};
-use crate::fault::{Fault, OverLimit, TooManyHostCalls};
+use crate::fault::{Fault, Misuse, OverLimit, TooManyHostCalls};
 use crate::host::{Allowance, Host, Limiter};
 use crate::instance::{Answer, Call, DeviceInstance};
 use crate::manifest::Limits;
@@ -108,6 +108,9 @@ pub(crate) fn fault(error: &wasmtime::Error, deadline: Duration) -> Fault {
     }
     if let Some(limit) = error.downcast_ref::<OverLimit>() {
         return Fault::Limit(limit.0.clone());
+    }
+    if let Some(misuse) = error.downcast_ref::<Misuse>() {
+        return Fault::Contract(misuse.0.clone());
     }
     match error.downcast_ref::<Trap>() {
         Some(Trap::Interrupt) => Fault::Deadline(deadline),

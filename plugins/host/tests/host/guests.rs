@@ -79,7 +79,7 @@ fn a_personality_that_does_not_return_is_an_error() {
 #[test]
 fn each_kind_is_used_for_what_it_is() {
     let machine = crate::machine::Machine::still();
-    assert!(matches!(guest().attach("g", &[], &machine.parts), Err(AttachError::NotADevice(_))));
+    assert!(matches!(guest().attach("g", &[], &machine.parts), Err(AttachError::NotADevice { .. })));
     let empty = Machine { vcpus: 1, memory: Vec::new(), rsdp: None };
     let error = misdeed().load_guest(&empty, &Ram::new(1 << 20).unwrap(), Vec::new(), &[]).unwrap_err();
     assert!(matches!(error, GuestError::NotAPersonality(_)));
