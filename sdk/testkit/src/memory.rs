@@ -10,6 +10,8 @@ use crate::random::Random;
 
 /// The unit in which content is kept: the smallest block of any store.
 const BLOCK: u64 = 512;
+/// The same, as the length of a vector.
+const LENGTH: usize = 512;
 /// What discarded bytes read as: neither what was there nor zeroes, for a store promises neither.
 const DISCARDED: u8 = 0xdd;
 
@@ -264,7 +266,7 @@ impl MemoryStore {
         while done < length {
             let at = position.saturating_add(done as u64);
             let offset = usize::try_from(at % BLOCK).unwrap_or(0);
-            let piece = (length - done).min(BLOCK as usize - offset);
+            let piece = (length - done).min(LENGTH - offset);
             if let Some(block) = find(at / BLOCK) {
                 bytes[done..done + piece].copy_from_slice(&block[offset..offset + piece]);
             }
@@ -278,12 +280,12 @@ impl MemoryStore {
         while done < bytes.len() {
             let at = position.saturating_add(done as u64);
             let offset = usize::try_from(at % BLOCK).unwrap_or(0);
-            let piece = (bytes.len() - done).min(BLOCK as usize - offset);
+            let piece = (bytes.len() - done).min(LENGTH - offset);
             let before = self.durable.get(&(at / BLOCK));
             let block = self
                 .volatile
                 .entry(at / BLOCK)
-                .or_insert_with(|| before.cloned().unwrap_or_else(|| vec![0; BLOCK as usize]));
+                .or_insert_with(|| before.cloned().unwrap_or_else(|| vec![0; LENGTH]));
             block[offset..offset + piece].copy_from_slice(&bytes[done..done + piece]);
             done += piece;
         }
@@ -300,12 +302,12 @@ impl MemoryStore {
                 .map(|(block, _)| *block)
                 .collect();
             for block in known {
-                self.volatile.insert(block, vec![0; BLOCK as usize]);
+                self.volatile.insert(block, vec![0; LENGTH]);
             }
         } else {
             // A range far larger than what was written would fill memory; its first blocks tell as much.
             for block in first..end.min(first + 4096) {
-                self.volatile.insert(block, vec![byte; BLOCK as usize]);
+                self.volatile.insert(block, vec![byte; LENGTH]);
             }
         }
     }

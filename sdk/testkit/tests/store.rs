@@ -51,7 +51,9 @@ impl<const MISTAKE: u8> Store for Inverts<MISTAKE> {
         into.copy_from_slice(&invert(&data));
         for (at, bytes) in &self.kept {
             for (n, byte) in (*at..).zip(bytes) {
-                if let Some(place) = n.checked_sub(position).and_then(|n| into.get_mut(n as usize)) {
+                if let Some(place) =
+                    n.checked_sub(position).and_then(|n| into.get_mut(usize::try_from(n).unwrap()))
+                {
                     *place = *byte;
                 }
             }
@@ -98,7 +100,7 @@ impl<const MISTAKE: u8> Store for Inverts<MISTAKE> {
         let mut done = 0;
         while done < length {
             let piece = (length - done).min(64 << 10);
-            self.write(position + done, &vec![0; piece as usize])?;
+            self.write(position + done, &vec![0; usize::try_from(piece).unwrap()])?;
             done += piece;
         }
         Ok(())
@@ -110,7 +112,7 @@ impl<const MISTAKE: u8> Store for Inverts<MISTAKE> {
             .map(|operation| match operation {
                 Operation::Read { position, length } => {
                     let short = if MISTAKE == SHORT_READ && length > 512 { 512 } else { 0 };
-                    let mut data = vec![0; length as usize - short];
+                    let mut data = vec![0; usize::try_from(length).unwrap() - short];
                     self.read(position, &mut data).map(|()| data)
                 }
                 Operation::Write { position, data } => self.write(position, &data).map(|()| vec![]),

@@ -84,7 +84,7 @@ impl<const MISTAKE: u8> Disk<MISTAKE> {
             4 if MISTAKE == FLUSH_ALWAYS_OK => Self::fail(request, 0),
             4 => self.store.flush(handle, &[0]),
             8 => {
-                let text = [&self.info.identity.as_bytes()[..], &[0; 20]].concat();
+                let text = [self.info.identity.as_bytes(), &[0; 20]].concat();
                 let fits = write(handle, 0, &text[..20.min(room as usize)]);
                 let status = write(handle, fits, &[0]);
                 complete(handle, fits + status);

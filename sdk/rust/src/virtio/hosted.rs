@@ -17,9 +17,9 @@ pub trait Host: device::Host {
     /// Completes requests.
     fn complete(&self, answers: &[Answer]);
     /// Moves bytes to the outside; returns how many were taken.
-    fn to_channel(&self, request: Handle, offset: u32, length: u32, channel: u32) -> u32;
+    fn request_to_channel(&self, request: Handle, offset: u32, length: u32, channel: u32) -> u32;
     /// Moves bytes from the outside; returns how many there were.
-    fn from_channel(&self, request: Handle, offset: u32, length: u32, channel: u32) -> u32;
+    fn request_from_channel(&self, request: Handle, offset: u32, length: u32, channel: u32) -> u32;
     /// Tells the driver that the configuration space has changed.
     fn config_changed(&self);
     /// Tells the driver that the device needs a reset.
@@ -118,11 +118,11 @@ pub(super) fn complete(answers: &[Answer]) {
 }
 
 pub(super) fn to_channel(request: Handle, offset: u32, length: u32, channel: &super::Channel) -> u32 {
-    host(|host| host.to_channel(request, offset, length, channel.0.0))
+    host(|host| host.request_to_channel(request, offset, length, channel.0.0))
 }
 
 pub(super) fn from_channel(request: Handle, offset: u32, length: u32, channel: &super::Channel) -> u32 {
-    host(|host| host.from_channel(request, offset, length, channel.0.0))
+    host(|host| host.request_from_channel(request, offset, length, channel.0.0))
 }
 
 pub(super) fn config_changed() {

@@ -152,12 +152,12 @@ impl hosted::Host for Remote {
         unsafe { (self.table().requests_complete)(self.context, answers.as_ptr(), count(answers)) }
     }
 
-    fn to_channel(&self, request: Handle, offset: u32, length: u32, channel: u32) -> u32 {
+    fn request_to_channel(&self, request: Handle, offset: u32, length: u32, channel: u32) -> u32 {
         // SAFETY: see above.
         unsafe { (self.table().requests_to_channel)(self.context, request, offset, length, channel) }
     }
 
-    fn from_channel(&self, request: Handle, offset: u32, length: u32, channel: u32) -> u32 {
+    fn request_from_channel(&self, request: Handle, offset: u32, length: u32, channel: u32) -> u32 {
         // SAFETY: see above.
         unsafe { (self.table().requests_from_channel)(self.context, request, offset, length, channel) }
     }

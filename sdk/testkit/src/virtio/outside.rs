@@ -344,12 +344,12 @@ impl Host for VirtioOutside {
         }
     }
 
-    fn to_channel(&self, request: Handle, offset: u32, length: u32, channel: u32) -> u32 {
+    fn request_to_channel(&self, request: Handle, offset: u32, length: u32, channel: u32) -> u32 {
         let bytes = Host::read(self, request, offset, length);
         device::hosted::Host::channel_write(self, channel, &bytes)
     }
 
-    fn from_channel(&self, request: Handle, offset: u32, length: u32, channel: u32) -> u32 {
+    fn request_from_channel(&self, request: Handle, offset: u32, length: u32, channel: u32) -> u32 {
         let room = self.with(request, "fills", |held| part(&held.writable, offset, length).len());
         let bytes = device::hosted::Host::channel_read(self, channel, length_of(room));
         self.write(request, offset, &bytes)

@@ -118,8 +118,9 @@ pub enum OperationKind {
     },
 }
 
-/// An operation that begins.
+/// An operation that begins. Only hosts make operations, by [`NativeOperation::all`]: the safety of the methods below stands on what they promise there.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct NativeOperation<'a> {
     /// The operation's name, for [`Completions::done`].
     pub token: u64,
@@ -132,8 +133,6 @@ pub struct NativeOperation<'a> {
     /// Where the data is, for reads and writes. The vectors, and what they point to, are good until the operation has ended, which may be long after `'a`: a store that goes on later keeps
     /// copies, or the pointer. Guest memory changes at any time; no Rust reference to it may be made.
     pub vectors: &'a [IoVec],
-    /// Only hosts make operations: that they do is what the safety of the methods below stands on.
-    _made_by_host: (),
 }
 
 impl<'a> NativeOperation<'a> {
@@ -163,7 +162,6 @@ impl<'a> NativeOperation<'a> {
                 vectors: unsafe {
                     slice(operation.vectors, u32::try_from(operation.vector_count).unwrap_or(0))
                 },
-                _made_by_host: (),
             })
             .collect()
     }
