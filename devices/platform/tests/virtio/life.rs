@@ -11,6 +11,7 @@ use crate::device::Echo;
 use crate::driver::{ConfigSpace, F_WRITE, VERSION_1};
 use crate::machine::TestMachine;
 use crate::queues::{FORMATS, running};
+use crate::random::Random;
 
 #[test]
 fn after_a_reset_a_request_in_flight_writes_no_ring() {
@@ -101,6 +102,47 @@ fn a_restored_machine_goes_on_where_it_was_saved_and_gives_unfinished_requests_a
         }
         assert!(restored.pci.restore(schema + 1, &state).unwrap_err().contains("schema"));
     }
+}
+
+#[test]
+fn a_damaged_state_is_refused_or_does_no_harm() {
+    let (mut refused, mut taken) = (0, 0);
+    for format in FORMATS {
+        let machine = TestMachine::new(1);
+        let (device, mut driver, mut ring) = running(&machine, format, 8);
+        let to = driver.allocate(16);
+        for _ in 0..3 {
+            ring.add(&[(to, 16, F_WRITE)]);
+        }
+        let requests = device.take(0, 3).unwrap();
+        let (schema, state) = machine.pci.save().unwrap();
+        drop(requests);
+        for seed in 0..1000 {
+            let mut random = Random::new(seed);
+            let mut damaged = state.clone();
+            for _ in 0..=random.below(3) {
+                damaged[random.below(state.len() as u64) as usize] = random.next() as u8;
+            }
+            if machine.pci.restore(schema, &damaged).is_err() {
+                refused += 1;
+                continue;
+            }
+            taken += 1;
+            machine.pci.resume();
+            let mut requests = Vec::new();
+            if device.started.lock().unwrap().as_ref().is_some_and(|started| started.queues[0].is_some()) {
+                let _ = device.with(0, |queue| queue.take(9, &mut requests));
+                for request in &requests {
+                    let ranges = request.readable.ranges().chain(request.writable.ranges());
+                    assert!(ranges.fold(true, |all, (at, length)| all && at + length <= crate::machine::RAM));
+                }
+                device.answer(0, requests);
+            }
+        }
+        machine.pci.reset();
+        assert!(driver.negotiate(VERSION_1 | format));
+    }
+    assert!(refused > 100 && taken > 100, "{refused} refused, {taken} taken");
 }
 
 #[test]
