@@ -44,7 +44,7 @@
 //! | [`now`], [`Timer`] | `time` |
 //! | [`wall_clock`] | `wall-clock` |
 //! | [`Channel`] | `channels` |
-//! | [`read`], [`write`], [`complete`], [`complete_all`], [`to_channel`], [`from_channel`], [`config_changed`], [`needs_reset`] | `requests` |
+//! | [`read`], [`write`](write()), [`complete`], [`complete_all`], [`to_channel`], [`from_channel`], [`config_changed`], [`needs_reset`] | `requests` |
 //! | [`Store`] | `stores` |
 //! | [`Port`] | `ports` |
 //! | [`fill_random`] | `entropy` |

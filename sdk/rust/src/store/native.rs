@@ -1,5 +1,5 @@
 //! The store as a native plugin: the table that calls it, and the host behind the host's table. Both ways to write a store come to the same table; what sets them apart
-//! is [`Backend`].
+//! is `Backend`.
 #![allow(unsafe_code, reason = "the native tables are a foreign-function interface")]
 
 mod copies;
