@@ -9,6 +9,7 @@
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::{Condvar, Mutex};
+use std::time::Duration;
 
 use tenon_sdk::abi::{Bytes, Plugin, Sink, Status, StoreHost, StoreOperation, StoreTable, wire};
 use tenon_sdk::store::{Error, IoVec, StoreError, StoreInfo};
@@ -185,7 +186,9 @@ impl Bench {
     pub fn finish(&self, begun: Begun) -> Vec<Result<Vec<u8>, StoreError>> {
         let mut done = self.host.done.lock().unwrap();
         while begun.buffers.iter().any(|(token, ..)| !done.contains_key(token)) {
-            done = self.host.wake.wait(done).unwrap();
+            let (now, late) = self.host.wake.wait_timeout(done, Duration::from_secs(120)).unwrap();
+            assert!(!late.timed_out(), "operations have not ended after two minutes");
+            done = now;
         }
         begun
             .buffers
