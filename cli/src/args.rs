@@ -214,6 +214,10 @@ pub(crate) enum PluginCommand {
 pub(crate) enum KindChoice {
     /// Registers, interrupts, timers, channels
     Device,
+    /// A device fed by queues of requests, such as a disk or a network card
+    Virtio,
+    /// Keeps a disk's bytes, or changes them on their way to another store
+    Store,
     /// Loads a guest OS
     Personality,
 }

@@ -33,6 +33,8 @@ pub(crate) fn plugin(command: &PluginCommand) -> Result<ExitCode> {
 fn new(name: &str, kind: KindChoice, dir: Option<&Path>, sdk: Option<&Path>) -> Result<()> {
     let kind = match kind {
         KindChoice::Device => tenon_plugin_tool::Kind::Device,
+        KindChoice::Virtio => tenon_plugin_tool::Kind::Virtio,
+        KindChoice::Store => tenon_plugin_tool::Kind::Store,
         KindChoice::Personality => tenon_plugin_tool::Kind::Personality,
     };
     let dir = dir.map_or_else(|| PathBuf::from(name), Path::to_owned);
