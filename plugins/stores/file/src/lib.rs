@@ -5,7 +5,8 @@
 //! - `medium`: what was opened: checks, size, alignment, locks, and what a file and a block device do differently;
 //! - `transfer`: one operation under way: which bytes are still to be moved, and what an outcome means for it;
 //! - `uring`: reads, writes and flushes by io_uring;
-//! - `calls`: the same by system calls on a few `threads`, for hosts without io_uring; discards and zeroes go this way on every host.
+//! - `calls`: the same by system calls on a few `threads`, for hosts without io_uring; on every host, discards and zeroes go this way, and writes to the page caches of
+//!   file systems that make io_uring wait.
 //!
 //! A file whose length is no multiple of 512 reads as if it were filled up with zeroes. A file that becomes shorter while it is open gives input and output errors.
 
@@ -77,16 +78,19 @@ impl NativeStore for FileStore {
     }
 
     fn submit(&self, operations: &[NativeOperation<'_>]) {
-        let mut moves = Vec::with_capacity(operations.len());
+        let (mut moves, mut waits) = (Vec::with_capacity(operations.len()), Vec::new());
         for operation in operations {
             let task = Task::new(operation);
             if let Some(outcome) = self.medium.admit(operation) {
                 self.completions.done(operation.token, outcome);
-            } else if matches!(operation.kind, OperationKind::Discard | OperationKind::WriteZeroes { .. }) {
-                self.threads.submit([task]);
+            } else if self.waits(operation.kind) {
+                waits.push(task);
             } else {
                 moves.push(task);
             }
+        }
+        if !waits.is_empty() {
+            self.threads.submit(waits);
         }
         if moves.is_empty() {
             return;
@@ -104,5 +108,16 @@ impl NativeStore for FileStore {
 
     fn close(&self) -> Result<()> {
         Ok(self.medium.flush()?)
+    }
+}
+
+impl FileStore {
+    /// Whether an operation keeps whoever makes it waiting in the kernel, also with io_uring.
+    fn waits(&self, kind: OperationKind) -> bool {
+        match kind {
+            OperationKind::Discard | OperationKind::WriteZeroes { .. } => true,
+            OperationKind::Write => self.medium.writes_wait(),
+            OperationKind::Read | OperationKind::Flush => false,
+        }
     }
 }

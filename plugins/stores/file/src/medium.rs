@@ -83,6 +83,7 @@ pub(crate) struct Medium {
     zero: bool,
     /// The bytes that are there; in the block after them, the rest reads as zeroes.
     length: AtomicU64,
+    writes_wait: bool,
     /// A flush has failed: what was lost cannot be told, and so none succeeds any more.
     lost: AtomicBool,
     completions: Completions,
@@ -158,12 +159,15 @@ impl Medium {
             discard: false,
             zero: false,
             length: AtomicU64::new(length),
+            writes_wait: false,
             lost: AtomicBool::new(false),
             completions,
         };
         if settings.preallocate {
             medium.take_space(length)?;
         }
+        medium.writes_wait =
+            medium.direct.is_none() && kind == Kind::File && !medium.has_asynchronous_writes();
         medium.probe();
         Ok(medium)
     }
@@ -216,6 +220,12 @@ impl Medium {
             }
             Some((alignment, _)) => (self.file.as_raw_fd(), Some(*alignment)),
         }
+    }
+
+    /// Whether writing waits in the kernel's page cache: io_uring then gives each write to a worker of its own, one after the other for one file, and does a quarter of what
+    /// threads do (`benches/ring.rs`).
+    pub(crate) fn writes_wait(&self) -> bool {
+        self.writes_wait
     }
 
     /// The descriptor to be flushed.
@@ -376,6 +386,17 @@ impl Medium {
                 self.zero = self.limit("write_zeroes_max_bytes") > 0;
             }
         }
+    }
+
+    /// Whether the file system takes writes to its page cache without waiting (`FMODE_NOWAIT`), which nothing but its name tells.
+    fn has_asynchronous_writes(&self) -> bool {
+        const XFS: i64 = 0x5846_5342;
+        const BTRFS: i64 = 0x9123_683e;
+        // SAFETY: a structure of numbers.
+        let mut about: libc::statfs = unsafe { std::mem::zeroed() };
+        // SAFETY: the descriptor is open, the structure is good for the call.
+        let known = unsafe { libc::fstatfs(self.file.as_raw_fd(), &raw mut about) } == 0;
+        known && [XFS, BTRFS].contains(&about.f_type)
     }
 
     /// A limit of a block device's queue, from sysfs; a partition has its disk's.

@@ -274,7 +274,8 @@ fn host(context: *mut c_void) -> &'static Host {
     unsafe { &*context.cast::<Host>() }
 }
 
-fn calls() -> StoreHost {
+/// A host that keeps outcomes for [`Bench`].
+pub fn calls() -> StoreHost {
     unsafe extern "C" fn log(context: *mut c_void, _level: u32, message: Bytes<'_>) {
         // SAFETY: the message is good for the call.
         let text = String::from_utf8_lossy(unsafe { message.as_slice() }).into_owned();
