@@ -26,6 +26,9 @@
 //! | the engine, the compiler and its cache | [`Host`] |
 //! | the check against the contract and the permissions | [`Host::load`], [`Misfit`] |
 //! | a device in a machine, and how it is kept alive | [`Plugin::attach`], [`Device`] |
+//! | a virtio device, for a transport to drive | [`Plugin::attach_virtio`], [`VirtioDevice`] |
+//! | a backing store | [`Plugin::open_store`], [`Store`] |
+//! | native code that is part of the program | [`Host::builtin`] |
 //! | its console and other byte streams | [`ChannelEnd`] |
 //! | a guest's images put into memory | [`Plugin::load_guest`] |
 //!
@@ -70,7 +73,7 @@ pub use manifest::{
 pub use native::NativeError;
 pub use plugin::{Grants, LoadError, LoadProblem, Plugin};
 pub use store::{
-    Completed, Data, MAX_TRANSFER, OpenError, Operation, OperationKind, Store, StoreGrants, StoreUse,
+    Completed, Data, MAX_TRANSFER, OpenError, Operation, OperationKind, Outcome, Store, StoreGrants, StoreUse,
 };
 pub use supervise::{DeviceUse, Status};
 pub use tenon_abi as abi;

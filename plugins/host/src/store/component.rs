@@ -6,6 +6,8 @@
 //! instance is opened and restored from there, and given the batch that the old one fell over once more. What was written after the last save is then taken for lost
 //! ([`Shared::crashed`]). When it falls again, it is given the operations of the batch one by one, and the one that it falls over alone fails.
 //! More than [`FAILURES`] falls within a minute and the store is given up: every operation fails.
+//!
+//! Long, for half of it is the boundary: each import, and the types of both sides.
 
 use std::collections::VecDeque;
 use std::sync::Arc;

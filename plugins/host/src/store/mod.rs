@@ -13,6 +13,8 @@
 //! # Locks
 //!
 //! One lock for the notes of what is under way, never held while the store works or while anybody is told of an outcome.
+//!
+//! Long for its one story: how an operation is checked, noted, and ended.
 
 mod component;
 mod connections;
@@ -203,6 +205,9 @@ pub(crate) struct Shared {
     idle: Condvar,
     pub(crate) counters: Counters,
 }
+
+/// How an operation ended, with the host memory that it was given.
+pub type Outcome = (Result<(), StoreError>, Vec<u8>);
 
 /// Outcomes that are told once no lock is held.
 type Told = Vec<(Arc<dyn Completed>, u64, Result<(), StoreError>, Vec<u8>)>;
@@ -465,10 +470,7 @@ impl Store {
     }
 
     /// Carries out operations and waits for all of them; each is a kind, a position, a length and data. Gives the outcomes in order, with the data of each.
-    pub fn run(
-        &self,
-        operations: Vec<(OperationKind, u64, u64, Data)>,
-    ) -> Vec<(Result<(), StoreError>, Vec<u8>)> {
+    pub fn run(&self, operations: Vec<(OperationKind, u64, u64, Data)>) -> Vec<Outcome> {
         let gather = Arc::new(Gather {
             outcomes: Mutex::new((
                 operations.len(),
@@ -596,7 +598,8 @@ impl Drop for Store {
 
 /// Collects the outcomes of a batch.
 struct Gather {
-    outcomes: Mutex<(usize, Vec<(Result<(), StoreError>, Vec<u8>)>)>,
+    /// How many are still to come, and what has come.
+    outcomes: Mutex<(usize, Vec<Outcome>)>,
     all: Condvar,
 }
 

@@ -6,6 +6,8 @@
 //!
 //! The first restart is immediate; the next wait 10 ms, 20 ms and so on, while requests pile up in the rings. More than [`FAILURES`] faults within a minute, or one if
 //! the manifest says `failure = "fail"`, and the device is given up: the driver is told that it needs a reset, and its reset tries the device once more.
+//!
+//! Long for its one story: a call, the state after it, and the restart that begins there.
 
 use std::collections::VecDeque;
 use std::sync::Arc;

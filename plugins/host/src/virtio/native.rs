@@ -1,4 +1,6 @@
 //! A virtio device that is native code, behind the tables of `tenon-abi`.
+//!
+//! Long, for it is one boundary: each function of the table, with what makes the call sound.
 #![allow(unsafe_code, reason = "calls through the tables of a native library")]
 
 use std::ffi::c_void;
@@ -370,7 +372,7 @@ static VIRTIO_HOST: VirtioHost = VirtioHost {
             channel: u32,
         ) -> u32 {
             // SAFETY: as in `log_log`.
-            unsafe { with(context, |services| services.to_channel(request.0, offset, length, channel)) }
+            unsafe { with(context, |services| services.move_to_channel(request.0, offset, length, channel)) }
         }
         go
     },
@@ -383,7 +385,9 @@ static VIRTIO_HOST: VirtioHost = VirtioHost {
             channel: u32,
         ) -> u32 {
             // SAFETY: as in `log_log`.
-            unsafe { with(context, |services| services.from_channel(request.0, offset, length, channel)) }
+            unsafe {
+                with(context, |services| services.move_from_channel(request.0, offset, length, channel))
+            }
         }
         go
     },

@@ -274,7 +274,7 @@ impl VirtioServices {
         Ok(())
     }
 
-    pub(super) fn to_channel(
+    pub(super) fn move_to_channel(
         &mut self,
         handle: u32,
         offset: u32,
@@ -309,7 +309,7 @@ impl VirtioServices {
         Ok(moved)
     }
 
-    pub(super) fn from_channel(
+    pub(super) fn move_from_channel(
         &mut self,
         handle: u32,
         offset: u32,

@@ -206,7 +206,7 @@ impl VirtioInstance for Disk {
                 for (n, request) in requests.iter().enumerate() {
                     let position = u64::from_le_bytes(heads[n * 8..n * 8 + 8].try_into().unwrap());
                     let handle = request.handle.0;
-                    Self::misuse(self.host().to_channel(handle, 0, 1, 0))?;
+                    Self::misuse(self.host().move_to_channel(handle, 0, 1, 0))?;
                     let kind = OperationKind::Read;
                     let operation = StoreOperation { store: 0, kind, offset: 0, length: 512, position };
                     let success: &[u8] = if aware { b"" } else { b"S" };

@@ -331,7 +331,7 @@ impl import::requests::Host for VirtioState {
         length: u32,
         channel: Channel,
     ) -> wasmtime::Result<u32> {
-        Ok(self.services()?.to_channel(request, offset, length, channel.rep())?)
+        Ok(self.services()?.move_to_channel(request, offset, length, channel.rep())?)
     }
 
     fn from_channel(
@@ -341,7 +341,7 @@ impl import::requests::Host for VirtioState {
         length: u32,
         channel: Channel,
     ) -> wasmtime::Result<u32> {
-        Ok(self.services()?.from_channel(request, offset, length, channel.rep())?)
+        Ok(self.services()?.move_from_channel(request, offset, length, channel.rep())?)
     }
 
     fn config_changed(&mut self) -> wasmtime::Result<()> {

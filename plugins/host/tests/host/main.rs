@@ -10,4 +10,7 @@ mod loading;
 mod machine;
 mod misdeeds;
 mod native;
+mod queues;
+mod rings;
 mod settings;
+mod stores;
