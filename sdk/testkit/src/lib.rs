@@ -28,6 +28,16 @@
 //! assert_eq!(bench.read(0, 0, 1), 0x5a);
 //! ```
 //!
+//! | bench | around | checked by |
+//! | --- | --- | --- |
+//! | [`Bench`] | a device with registers | [`conformance`] |
+//! | [`VirtioBench`] | a virtio device: the test makes requests available, and has its stores, ports and channels in hand | [`virtio_conformance`], and [`blk_conformance`] for disks |
+//! | [`StoreBench`] | a store, over stores in memory that fail, forget or lose power as the test says | [`store_conformance`] |
+//! | [`NativeStoreBench`] | a native store behind its table, of either trait | [`suite::store`] |
+//! | [`LoadBench`] | a personality | – |
+//!
+//! The checks of virtio devices and stores are written over what they check ([`VirtioSubject`], [`StoreSubject`]), so that a host can run them on a plugin that it has loaded: [`suite`].
+//!
 //! What is wrong with the test itself, such as an access outside the device's regions, panics.
 
 mod bench;

@@ -2,10 +2,12 @@
 
 mod bench;
 mod blk;
+mod ends;
 mod outside;
 mod suite;
 
-pub use bench::{PortEnd, VirtioBench, VirtioChannelEnd, VirtioSetup};
+pub use bench::{VirtioBench, VirtioSetup};
 pub use blk::{blk, blk_conformance};
+pub use ends::{PortEnd, VirtioChannelEnd};
 pub use outside::{Answered, Ticket};
 pub use suite::{VirtioSubject, virtio, virtio_conformance};

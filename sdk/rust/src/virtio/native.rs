@@ -1,17 +1,17 @@
-//! The virtio device as a native plugin: the table that calls it, and the host behind the host's table.
+//! The virtio device as a native plugin: the table that calls it.
 #![allow(unsafe_code, reason = "the native tables are a foreign-function interface")]
+
+mod remote;
 
 use std::ffi::c_void;
 
 use tenon_abi::{
-    Answer, Bytes, Handle, Level, Offloads, OperationDone, Plugin, PortInfo, Request, RequestRecord,
-    SavedState, Sink, Status, StoreInfo, VirtioHost, VirtioTable, wire,
+    Bytes, OperationDone, Plugin, RequestRecord, SavedState, Sink, Status, VirtioHost, VirtioTable, wire,
 };
 
-use super::hosted::Range;
+use self::remote::Remote;
 use super::{Batch, Config, Error, Result, VirtioDevice, hosted};
-use crate::device::hosted as device;
-use crate::native::{answer, count, guard, slice};
+use crate::native::{answer, guard, slice};
 
 /// The plugin that [`crate::export_virtio_device!`] exports.
 #[must_use]
@@ -53,242 +53,13 @@ struct Instance<D> {
     trapped: bool,
 }
 
-/// The host's table with its context.
-#[derive(Clone, Copy)]
-struct Remote {
-    table: *const VirtioHost,
-    context: *mut c_void,
-}
-
-impl Remote {
-    fn table(&self) -> &VirtioHost {
-        // SAFETY: the host keeps its table until `destroy` has returned, and the instance that holds `self` ends there.
-        unsafe { &*self.table }
-    }
-
-    fn panicked(&self, message: &str) {
-        // SAFETY: called during a call from the host, with the context that it gave.
-        unsafe { (self.table().panicked)(self.context, Bytes::new(message.as_bytes())) }
-    }
-}
-
-/// What a read of a request or channel may bring at once.
-const MOST: u32 = 1 << 20;
-
-// In both of these: the host's function is called during a call from the host (handles work at no other time), with the context that
-// came with the table, and what is lent to it lives for the call.
-impl device::Host for Remote {
-    fn log(&self, level: Level, message: &str) {
-        // SAFETY: see above.
-        unsafe { (self.table().log_log)(self.context, level as u32, Bytes::new(message.as_bytes())) }
-    }
-
-    fn now(&self) -> u64 {
-        // SAFETY: see above.
-        unsafe { (self.table().time_now)(self.context) }
-    }
-
-    fn timer_arm(&self, timer: u32, deadline: u64) {
-        // SAFETY: see above.
-        unsafe { (self.table().timer_arm)(self.context, timer, deadline) }
-    }
-
-    fn timer_arm_periodic(&self, timer: u32, first: u64, period: u64) {
-        // SAFETY: see above.
-        unsafe { (self.table().timer_arm_periodic)(self.context, timer, first, period) }
-    }
-
-    fn timer_cancel(&self, timer: u32) {
-        // SAFETY: see above.
-        unsafe { (self.table().timer_cancel)(self.context, timer) }
-    }
-
-    fn wall_clock(&self) -> u64 {
-        // SAFETY: see above.
-        unsafe { (self.table().wall_clock_now)(self.context) }
-    }
-
-    fn line_set_level(&self, _line: u32, _high: bool) {}
-
-    fn line_pulse(&self, _line: u32) {}
-
-    fn channel_write(&self, channel: u32, bytes: &[u8]) -> u32 {
-        // SAFETY: see above.
-        unsafe { (self.table().channel_write)(self.context, channel, Bytes::new(bytes)) }
-    }
-
-    fn channel_read(&self, channel: u32, max: u32) -> Vec<u8> {
-        // The host holds no more than 64 KiB.
-        let max = max.min(64 << 10);
-        let mut buffer = vec![0; max as usize];
-        // SAFETY: see above; the buffer has room for `max` bytes.
-        let count = unsafe { (self.table().channel_read)(self.context, channel, buffer.as_mut_ptr(), max) };
-        buffer.truncate(count as usize);
-        buffer
-    }
-
-    fn request(&self, _request: Request) {}
-}
-
-impl hosted::Host for Remote {
-    fn read(&self, request: Handle, offset: u32, length: u32) -> Vec<u8> {
-        let length = length.min(MOST);
-        let mut buffer = vec![0; length as usize];
-        // SAFETY: see above; the buffer has room for `length` bytes.
-        let count = unsafe {
-            (self.table().requests_read)(self.context, request, offset, length, buffer.as_mut_ptr())
-        };
-        buffer.truncate(count as usize);
-        buffer
-    }
-
-    fn write(&self, request: Handle, offset: u32, bytes: &[u8]) -> u32 {
-        // SAFETY: see above.
-        unsafe { (self.table().requests_write)(self.context, request, offset, Bytes::new(bytes)) }
-    }
-
-    fn complete(&self, answers: &[Answer]) {
-        // SAFETY: see above.
-        unsafe { (self.table().requests_complete)(self.context, answers.as_ptr(), count(answers)) }
-    }
-
-    fn request_to_channel(&self, request: Handle, offset: u32, length: u32, channel: u32) -> u32 {
-        // SAFETY: see above.
-        unsafe { (self.table().requests_to_channel)(self.context, request, offset, length, channel) }
-    }
-
-    fn request_from_channel(&self, request: Handle, offset: u32, length: u32, channel: u32) -> u32 {
-        // SAFETY: see above.
-        unsafe { (self.table().requests_from_channel)(self.context, request, offset, length, channel) }
-    }
-
-    fn config_changed(&self) {
-        // SAFETY: see above.
-        unsafe { (self.table().requests_config_changed)(self.context) }
-    }
-
-    fn needs_reset(&self) {
-        // SAFETY: see above.
-        unsafe { (self.table().requests_needs_reset)(self.context) }
-    }
-
-    fn store_info(&self, store: u32) -> StoreInfo {
-        let mut output = Vec::new();
-        // SAFETY: see above.
-        unsafe { (self.table().store_info)(self.context, store, Sink::to(&mut output)) };
-        wire::decode_store_info(&output).expect("the host describes a store that it gave")
-    }
-
-    fn store_read(&self, store: u32, request: Handle, range: Range, success: &[u8]) {
-        let Range { offset, length, position } = range;
-        let success = Bytes::new(success);
-        // SAFETY: see above.
-        unsafe { (self.table().store_read)(self.context, store, request, offset, length, position, success) }
-    }
-
-    fn store_write(&self, store: u32, request: Handle, range: Range, success: &[u8]) {
-        let Range { offset, length, position } = range;
-        let success = Bytes::new(success);
-        // SAFETY: see above.
-        unsafe { (self.table().store_write)(self.context, store, request, offset, length, position, success) }
-    }
-
-    fn store_flush(&self, store: u32, request: Handle, success: &[u8]) {
-        // SAFETY: see above.
-        unsafe { (self.table().store_flush)(self.context, store, request, Bytes::new(success)) }
-    }
-
-    fn store_discard(&self, store: u32, request: Handle, position: u64, length: u64, success: &[u8]) {
-        let success = Bytes::new(success);
-        // SAFETY: see above.
-        unsafe { (self.table().store_discard)(self.context, store, request, position, length, success) }
-    }
-
-    fn store_write_zeroes(
-        &self,
-        store: u32,
-        request: Handle,
-        position: u64,
-        length: u64,
-        unmap: bool,
-        success: &[u8],
-    ) {
-        let (unmap, success) = (unmap.into(), Bytes::new(success));
-        let call = self.table().store_write_zeroes;
-        // SAFETY: see above.
-        unsafe { call(self.context, store, request, position, length, unmap, success) }
-    }
-
-    fn port_info(&self, port: u32) -> PortInfo {
-        let mut output = Vec::new();
-        // SAFETY: see above.
-        unsafe { (self.table().port_info)(self.context, port, Sink::to(&mut output)) };
-        wire::decode_port_info(&output).expect("the host describes a port that it gave")
-    }
-
-    fn port_accept(&self, port: u32, offloads: Offloads) {
-        // SAFETY: see above.
-        unsafe { (self.table().port_accept)(self.context, port, offloads.to_bits()) }
-    }
-
-    fn port_send(&self, port: u32, requests: &[Handle]) {
-        // SAFETY: see above.
-        unsafe { (self.table().port_send)(self.context, port, requests.as_ptr(), count(requests)) }
-    }
-
-    fn port_waiting(&self, port: u32, max: u32) -> Vec<u32> {
-        // No port keeps more.
-        let max = max.min(64 << 10);
-        let mut lengths = vec![0; max as usize];
-        // SAFETY: see above; there is room for `max` numbers.
-        let count = unsafe { (self.table().port_waiting)(self.context, port, max, lengths.as_mut_ptr()) };
-        lengths.truncate(count as usize);
-        lengths
-    }
-
-    fn port_receive(&self, port: u32, counts: &[u16], requests: &[Handle]) {
-        let (frames, handles) = (count(counts), count(requests));
-        // SAFETY: see above.
-        unsafe {
-            (self.table().port_receive)(
-                self.context,
-                port,
-                counts.as_ptr(),
-                frames,
-                requests.as_ptr(),
-                handles,
-            )
-        }
-    }
-
-    fn fill_random(&self, request: Handle, offset: u32, length: u32) -> u32 {
-        // SAFETY: see above.
-        unsafe { (self.table().entropy_fill)(self.context, request, offset, length) }
-    }
-
-    fn release_numbered(&self, request: Handle) -> u32 {
-        // SAFETY: see above.
-        unsafe { (self.table().guest_pages_release_numbered)(self.context, request) }
-    }
-
-    fn release_own(&self, request: Handle) -> u32 {
-        // SAFETY: see above.
-        unsafe { (self.table().guest_pages_release_own)(self.context, request) }
-    }
-
-    fn memory_size(&self) -> u64 {
-        // SAFETY: see above.
-        unsafe { (self.table().guest_pages_memory_size)(self.context) }
-    }
-}
-
 unsafe extern "C" fn create<D: VirtioDevice>(host: *const VirtioHost, context: *mut c_void) -> *mut c_void {
     // SAFETY: the host gives a table, or null.
     let table = unsafe { host.as_ref() };
     if table.is_none_or(|table| table.size < VirtioHost::SIZE) {
         return std::ptr::null_mut();
     }
-    let host = Remote { table: host, context };
+    let host = Remote::new(host, context);
     Box::into_raw(Box::new(Instance::<D> { host, config: None, device: None, trapped: false })).cast()
 }
 

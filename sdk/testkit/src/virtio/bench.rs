@@ -1,4 +1,6 @@
 //! The bench of a virtio device: the test in the place of its host, its driver and the outside.
+//!
+//! Longer than most files, since it is one type whose methods are what a test can do.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +9,8 @@ use tenon_sdk::virtio::{
     hosted,
 };
 
-use super::outside::{Answered, HEADER, Held, Ticket, VirtioOutside};
+use super::ends::{PortEnd, VirtioChannelEnd};
+use super::outside::{Answered, Held, Ticket, VirtioOutside};
 use crate::bench::ones;
 use crate::memory::MemoryStore;
 
@@ -72,7 +75,7 @@ impl VirtioSetup {
 pub struct VirtioBench<D> {
     config: Config,
     description: VirtioDescription,
-    outside: VirtioOutside,
+    pub(super) outside: VirtioOutside,
     device: D,
     /// What the driver has accepted, once it is ready.
     active: Option<u64>,
@@ -323,7 +326,7 @@ impl<D: VirtioDevice> VirtioBench<D> {
     /// The device has no port of this name.
     pub fn port(&mut self, name: &str) -> PortEnd<'_, D> {
         let index = index(&self.description.ports, name, "port");
-        PortEnd { bench: self, index }
+        PortEnd::new(self, index)
     }
 
     /// The far end of a channel.
@@ -332,7 +335,7 @@ impl<D: VirtioDevice> VirtioBench<D> {
     /// The device has no channel of this name.
     pub fn channel(&mut self, name: &str) -> VirtioChannelEnd<'_, D> {
         let index = index(&self.description.channels, name, "channel");
-        VirtioChannelEnd { bench: self, index }
+        VirtioChannelEnd::new(self, index)
     }
 
     /// The numbers of the 4 KiB pages that the device gave back by their number, in the order in which it did.
@@ -497,7 +500,7 @@ impl<D: VirtioDevice> VirtioBench<D> {
     }
 
     /// Lets everything that was begun come to its end.
-    fn rest(&mut self) {
+    pub(super) fn rest(&mut self) {
         // A device that always begins something new never comes to rest.
         for _ in 0..1_000_000 {
             let (heard, ended) = self.outside.end_operations();
@@ -541,7 +544,7 @@ impl<D: VirtioDevice> VirtioBench<D> {
         told
     }
 
-    fn call<R>(&mut self, call: impl FnOnce(&mut D) -> R) -> R {
+    pub(super) fn call<R>(&mut self, call: impl FnOnce(&mut D) -> R) -> R {
         let Self { outside, device, .. } = self;
         hosted::enter(outside, || call(device))
     }
@@ -569,108 +572,11 @@ fn start<D: VirtioDevice>(
     hosted::enter(outside, || D::start(config, attachment))
 }
 
-fn number(index: usize) -> u32 {
+pub(super) fn number(index: usize) -> u32 {
     u32::try_from(index).unwrap_or(u32::MAX)
 }
 
 fn index(names: &[String], name: &str, what: &str) -> usize {
     let found = names.iter().position(|known| known == name);
     found.unwrap_or_else(|| panic!("the device has no {what} `{name}`; it has {names:?}"))
-}
-
-/// The far end of a network port.
-pub struct PortEnd<'a, D> {
-    bench: &'a mut VirtioBench<D>,
-    index: usize,
-}
-
-impl<D: VirtioDevice> PortEnd<'_, D> {
-    /// A frame comes from the outside, behind a header that says nothing.
-    pub fn push(&mut self, frame: &[u8]) {
-        self.push_with_header(&[&[0; HEADER], frame].concat());
-    }
-
-    /// A frame comes from the outside, with its header.
-    ///
-    /// # Panics
-    /// There is not even a header.
-    pub fn push_with_header(&mut self, frame: &[u8]) {
-        assert!(frame.len() >= HEADER, "a frame begins with a header of {HEADER} bytes");
-        self.state().waiting.push_back(frame.to_vec());
-        self.bench.rest();
-    }
-
-    /// Takes the frames sent since the last call, each with its header.
-    #[must_use]
-    pub fn take_sent(&mut self) -> Vec<Vec<u8>> {
-        std::mem::take(&mut self.state().sent)
-    }
-
-    /// How many frames wait for the device.
-    #[must_use]
-    pub fn pending(&mut self) -> usize {
-        self.state().waiting.len()
-    }
-
-    /// How many frames were dropped: sent ones that were none, or while the link was down, and received ones for which the device had no room.
-    #[must_use]
-    pub fn dropped(&mut self) -> u64 {
-        self.state().dropped
-    }
-
-    /// What the device says that the driver accepts of received frames.
-    #[must_use]
-    pub fn accepted(&mut self) -> Offloads {
-        self.state().accepted
-    }
-
-    /// The port becomes another, and the device hears of it.
-    pub fn change(&mut self, change: impl FnOnce(&mut PortInfo)) {
-        change(&mut self.state().info);
-        let port = number(self.index);
-        self.bench.call(|device| device.port_changed(port));
-        self.bench.rest();
-    }
-
-    fn state(&mut self) -> &mut super::outside::PortState {
-        &mut self.bench.outside.ports.get_mut()[self.index]
-    }
-}
-
-/// The far end of a virtio device's channel.
-pub struct VirtioChannelEnd<'a, D> {
-    bench: &'a mut VirtioBench<D>,
-    index: usize,
-}
-
-impl<D: VirtioDevice> VirtioChannelEnd<'_, D> {
-    /// Sends bytes to the device. It is told of them if it read all before.
-    pub fn push(&mut self, bytes: &[u8]) {
-        self.stream().input.extend(bytes);
-        self.bench.rest();
-    }
-
-    /// Takes what the device has written since the last call. That makes room for more, and the device is told so if it waits for it.
-    #[must_use]
-    pub fn take_output(&mut self) -> Vec<u8> {
-        let output = std::mem::take(&mut self.stream().output);
-        self.bench.rest();
-        output
-    }
-
-    /// How many bytes wait for the device.
-    #[must_use]
-    pub fn pending(&mut self) -> usize {
-        self.stream().input.len()
-    }
-
-    /// How many bytes of output are taken before there is no more room; at first 64 KiB.
-    pub fn set_capacity(&mut self, bytes: usize) {
-        self.stream().capacity = bytes;
-        self.bench.rest();
-    }
-
-    fn stream(&mut self) -> &mut crate::outside::Stream {
-        &mut self.bench.outside.base.channels.get_mut()[self.index]
-    }
 }
