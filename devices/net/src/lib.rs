@@ -7,8 +7,8 @@
 //!   specification lets frames through that nobody asked for (§5.1.6.5.1).
 //! - **Steering.** All frames are received in the first queue, whatever the number of pairs that the driver uses: the flow that a frame belongs to is
 //!   not known here, and frames of one flow must not overtake each other. Frames are sent from all queues.
-//! - **Checksums and segments.** The port does what the guest leaves undone. What it can is known only when features have been offered already, so `checksum` and
-//!   `tso` are settings, and must be false where it cannot.
+//! - **Checksums and segments.** What the guest leaves undone, the port finishes, or drops. What it can is known only when features have been offered already, so
+//!   `checksum` and `tso` are settings; a port that says that it cannot is named in the log.
 
 mod control;
 mod receive;
@@ -141,15 +141,14 @@ impl VirtioDevice for Net {
         let port = attachment.port()?;
         let info = port.info();
         if checksum && !info.send.checksum {
-            return Err(Error::Invalid(
-                "the port does not fill in checksums that the guest leaves to it: set `checksum=false`"
-                    .to_owned(),
-            ));
+            info!(
+                "the port has to fill in checksums that the guest leaves out; `checksum=false` leaves them to the guest"
+            );
         }
         if tso && !(info.send.tso4 && info.send.tso6) {
-            return Err(Error::Invalid(
-                "the port does not take TCP in segments of 64 KiB: set `tso=false`".to_owned(),
-            ));
+            info!(
+                "the port has to cut up large TCP segments of the guest; `tso=false` leaves that to the guest"
+            );
         }
         Ok(Self {
             port,

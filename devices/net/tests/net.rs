@@ -154,17 +154,27 @@ fn it_offers_what_its_settings_say() {
 }
 
 #[test]
-fn a_port_that_cannot_do_what_is_offered_is_refused_and_the_setting_named() {
-    let refusal = |settings: &[(&str, &str)], send| {
-        Card::started(settings, PortInfo { send, ..port() }).err().map(|error| error.to_string())
-    };
+fn a_port_that_has_to_finish_frames_is_named_in_the_log() {
     let checksum = Offloads { checksum: true, ..NONE };
-    assert!(refusal(&[], NONE).unwrap().contains("checksum=false"));
-    assert!(refusal(&[], checksum).unwrap().contains("tso=false"));
-    assert_eq!(refusal(&[("tso", "false")], checksum), None);
-    assert_eq!(refusal(&[("checksum", "false")], NONE), None);
-    assert!(refusal(&[("queues", "17")], ALL).unwrap().contains("1 to 16"));
-    assert!(refusal(&[("link", "sideways")], ALL).unwrap().contains("`up` or `down`"));
+    for (settings, send, said) in [
+        (&[][..], ALL, &[][..]),
+        (&[], NONE, &["checksum=false", "tso=false"]),
+        (&[], checksum, &["tso=false"]),
+        (&[("tso", "false")], checksum, &[]),
+        (&[("checksum", "false")], NONE, &[]),
+    ] {
+        let mut bench = Card::started(settings, PortInfo { send, ..port() }).unwrap().bench;
+        let log = bench.take_log();
+        assert_eq!(log.len(), said.len(), "{log:?}");
+        assert!(log.iter().zip(said).all(|((_, line), said)| line.contains(said)), "{log:?}");
+    }
+}
+
+#[test]
+fn settings_that_cannot_be_are_refused_and_say_what_would_be_right() {
+    let refusal = |key, value| Card::started(&[(key, value)], port()).err().unwrap().to_string();
+    assert!(refusal("queues", "17").contains("1 to 16"));
+    assert!(refusal("link", "sideways").contains("`up` or `down`"));
 }
 
 #[test]
