@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 use support::{Ask, Bench, Layout, open_files, torture};
 use tenon_sdk::store::StoreError;
 use tenon_store_file::PLUGIN;
+use tenon_testkit::{NativeStoreBench, StoreChecks, suite};
 
 const MIB: u64 = 1 << 20;
 
@@ -394,4 +395,17 @@ fn a_block_device_is_measured_discarded_and_zeroed() {
     let mut byte = [0; 512];
     File::open(&image).unwrap().read_exact_at(&mut byte, 2 * MIB).unwrap();
     assert_eq!(byte, [0; 512]);
+}
+
+#[test]
+fn it_does_what_every_user_of_a_store_relies_on() {
+    let (_folder, path) = file(8 * MIB);
+    let path = path.to_str().unwrap();
+    for engine in ["io_uring", "threads"] {
+        for direct in ["no", "yes"] {
+            let settings = [("path", path), ("engine", engine), ("direct", direct)];
+            let mut bench = NativeStoreBench::open(&PLUGIN, &settings, vec![]).unwrap();
+            suite::store(&mut bench, StoreChecks::default()).unwrap();
+        }
+    }
 }

@@ -9,6 +9,7 @@ use std::fs;
 use support::{Bench, everything, torture};
 use tenon_sdk::store::StoreError;
 use tenon_store_memory::PLUGIN;
+use tenon_testkit::{NativeStoreBench, StoreChecks, suite};
 
 const MIB: u64 = 1 << 20;
 
@@ -92,4 +93,10 @@ fn a_size_that_cannot_be_is_refused() {
     for size in ["0", "1000", "8388608 GiB", "17179869183 GiB"] {
         assert!(Bench::open(&PLUGIN, &[("size", size)]).is_err(), "{size}");
     }
+}
+
+#[test]
+fn it_does_what_every_user_of_a_store_relies_on() {
+    let mut bench = NativeStoreBench::open(&PLUGIN, &[("size", "8 MiB")], vec![]).unwrap();
+    suite::store(&mut bench, StoreChecks { reopen: false, ..Default::default() }).unwrap();
 }

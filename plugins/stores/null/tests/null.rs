@@ -7,6 +7,7 @@ mod support;
 use support::Bench;
 use tenon_sdk::store::StoreError;
 use tenon_store_null::PLUGIN;
+use tenon_testkit::{NativeStoreBench, StoreChecks, suite};
 
 #[test]
 fn everything_reads_as_zeroes_whatever_was_written() {
@@ -22,4 +23,10 @@ fn everything_reads_as_zeroes_whatever_was_written() {
     assert!(bench.resize(700).is_err());
     bench.close().unwrap();
     assert!(Bench::open(&PLUGIN, &[("size", "1000")]).err().unwrap().to_string().contains("512"));
+}
+
+#[test]
+fn it_does_what_every_user_of_a_store_relies_on_but_to_keep_anything() {
+    let mut bench = NativeStoreBench::open(&PLUGIN, &[("size", "8 MiB")], vec![]).unwrap();
+    suite::store(&mut bench, StoreChecks { content: false, reopen: false }).unwrap();
 }

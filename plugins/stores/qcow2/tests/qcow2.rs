@@ -12,6 +12,7 @@ use std::process::Command;
 use support::{Ask, Bench, everything, open_files, torture};
 use tenon_sdk::store::StoreError;
 use tenon_store_qcow2::{Backing, CreateOptions, PLUGIN, check, create, info, resize};
+use tenon_testkit::{NativeStoreBench, StoreChecks, suite};
 
 const MIB: u64 = 1 << 20;
 
@@ -403,4 +404,16 @@ fn images_are_made_described_and_checked() {
     file.set_len((last + 1) * 65536).unwrap();
     count(last, 1);
     assert_eq!(check(&path).map(|report| (report.errors, report.leaks)).unwrap(), (0, 1));
+}
+
+#[test]
+fn it_does_what_every_user_of_a_store_relies_on() {
+    let folder = folder();
+    let path = image(&folder, 8 * MIB);
+    let settings = [("path", path.to_str().unwrap())];
+    let mut bench = NativeStoreBench::open(&PLUGIN, &settings, vec![]).unwrap();
+    suite::store(&mut bench, StoreChecks::default()).unwrap();
+    drop(bench);
+    let report = check(&path).unwrap();
+    assert_eq!((report.errors, report.leaks), (0, 0), "{report:?}");
 }
