@@ -1,6 +1,6 @@
 //! Backing store: encrypts what one lower store keeps, with AES-256-XTS.
 //!
-//! The data is encrypted under a random volume key, which stands in a [header](header) at the beginning of the lower store, wrapped by the administrator's key. That one can be changed
+//! The data is encrypted under a random volume key, which stands in a [header] at the beginning of the lower store, wrapped by the administrator's key. That one can be changed
 //! (`new-key`) without encrypting the data anew. A blank store is initialised only when `format=yes` says so.
 //!
 //! What it gives: whoever gets hold of the lower store, once, learns nothing of the data but how much there is. What it does not give: who may change the lower

@@ -1,4 +1,4 @@
-//! Backing store: one lower store, with faults by [rule](rules). For tests, and an example of a store that stands on another.
+//! Backing store: one lower store, with faults by [rule](mod@rules). For tests, and an example of a store that stands on another.
 //!
 //! ```text
 //! fault:file:disk.img,rules=read:every=100:error=io;write:drop;flush:nth=3:error=io
@@ -8,7 +8,7 @@
 //! that a test can show that its fault was there.
 //!
 //! What passes, passes as it came: a batch in which no rule fires is one batch for the lower store. The store keeps the contract of its own accord: a flush that
-//! has lost what was [held](held) fails, and so do later ones until that was written again.
+//! has lost what was [held] fails, and so do later ones until that was written again.
 
 pub mod held;
 pub mod rules;

@@ -7,13 +7,14 @@
 //!
 //! # What survives
 //!
-//! A new cluster is written first, and named by the table later: a flush makes the data durable, with a [header](header) that says up to where clusters are in use, then writes the entries that
+//! A new cluster is written first, and named by the table later: a flush makes the data durable, with a [header] that says up to where clusters are in use, then writes the entries that
 //! were changed, then makes these durable. Whatever happens in between, the table names no cluster whose data is not there, and none that could be given away again. A cluster
 //! that was zeroed is used again only after two flushes; which are free is not remembered beyond closing, and their space not found again.
 
 mod batch;
 pub mod header;
 pub mod map;
+mod open;
 mod top;
 
 use std::collections::BTreeMap;
@@ -21,12 +22,12 @@ use std::collections::btree_map::Entry as Place;
 
 use tenon_sdk::store::{
     Config, Decoder, Encoder, Error, Lower, MOST, Operation, Result, Store, StoreError, StoreInfo, error,
-    info,
 };
 
 use crate::batch::{Batch, For, Grain, Plan, Source};
-use crate::header::{CLUSTER, Header, LONGEST, TABLE};
+use crate::header::{CLUSTER, Header, TABLE};
 use crate::map::{Entry, GRAIN, Map};
+use crate::open::{find, fresh, write_header};
 use crate::top::{Memory, Top};
 
 /// Grains in a cluster.
@@ -502,109 +503,4 @@ fn grains(position: u64, length: u64) -> impl Iterator<Item = (usize, u64, u64, 
 fn mask(from: u64, to: u64) -> u16 {
     (from..to)
         .fold(0, |mask, index| mask | 1_u16.checked_shl(u32::try_from(index).unwrap_or(16)).unwrap_or(0))
-}
-
-/// The header of a copy that nothing was changed of.
-fn fresh(base: &StoreInfo, block: u32, size: Option<u64>) -> Result<Header> {
-    let shortest = base.size.next_multiple_of(block.into());
-    let size = size.unwrap_or(shortest);
-    if size < shortest || !size.is_multiple_of(block.into()) || size > LONGEST {
-        return Err(Error::Invalid(format!(
-            "`size` is {size}, but must be a multiple of {block} from {shortest}, the length of the base, to {LONGEST}"
-        )));
-    }
-    let header = Header { block, base: base.size, size, next: 0, sequence: 0 };
-    Ok(Header { next: header.first_data(), ..header })
-}
-
-/// Reads the header of a store for changes, or makes it.
-fn find(top: &Lower, base: &StoreInfo, block: u32, size: Option<u64>, format: bool) -> Result<Header> {
-    let above = top.info();
-    let mut found: Option<Header> = None;
-    let mut blank = true;
-    for copy in 0..2 {
-        if above.size < (copy + 1) * CLUSTER {
-            continue;
-        }
-        let bytes = top
-            .read(copy * CLUSTER, above.block_size.into())
-            .map_err(|error| Error::Other(format!("reading the header of the store for changes: {error}")))?;
-        blank &= bytes.iter().all(|byte| *byte == 0);
-        if let Some(header) = Header::decode(&bytes)?
-            && found.as_ref().is_none_or(|other| other.sequence < header.sequence)
-        {
-            found = Some(header);
-        }
-    }
-    let Some(header) = found else {
-        return match (format, blank) {
-            (true, true) => make(top, &above, fresh(base, block, size)?),
-            (true, false) => Err(Error::Invalid(
-                "`format`: the store for changes is not blank; write zeroes to its first 128 KiB if what it holds is not needed".into(),
-            )),
-            (false, _) => Err(Error::Invalid(
-                "the second store is none for changes; `format=yes` makes it one if it is blank".into(),
-            )),
-        };
-    };
-    if header.base != base.size {
-        return Err(Error::Invalid(format!(
-            "the changes are of a base of {} bytes, and this one has {}: it is another, or was changed",
-            header.base, base.size
-        )));
-    }
-    if header.block < block && u64::from(block) > GRAIN {
-        return Err(Error::Invalid(format!(
-            "the changes were made in blocks of {} bytes, and the stores now have blocks of {block}",
-            header.block
-        )));
-    }
-    if let Some(size) = size.filter(|size| *size != header.size) {
-        return Err(Error::Invalid(format!(
-            "`size` is {size}, but the copy was made with {} bytes",
-            header.size
-        )));
-    }
-    if !header.size.is_multiple_of(block.into()) {
-        return Err(Error::Invalid(format!(
-            "the copy has {} bytes, which are no blocks of {block}",
-            header.size
-        )));
-    }
-    if above.size / CLUSTER < header.next {
-        return Err(Error::Other(format!(
-            "the store for changes has {} bytes, and {} clusters of {CLUSTER} are in use: its end is missing",
-            above.size, header.next
-        )));
-    }
-    Ok(header)
-}
-
-/// Makes a store for changes of a blank one.
-fn make(top: &Lower, above: &StoreInfo, header: Header) -> Result<Header> {
-    if above.read_only {
-        return Err(Error::Invalid("`format`: the store for changes is read-only".into()));
-    }
-    let failed = |error| Error::Other(format!("making the store for changes: {error}"));
-    let needed = header.next * CLUSTER;
-    if above.size < needed {
-        top.resize(needed).map_err(failed)?;
-    }
-    top.write_zeroes(TABLE * CLUSTER, needed - TABLE * CLUSTER, true).map_err(failed)?;
-    top.flush().map_err(failed)?;
-    let mut header = header;
-    for _ in 0..2 {
-        header.sequence += 1;
-        write_header(top, &header).map_err(failed)?;
-        top.flush().map_err(failed)?;
-    }
-    info!("the second store keeps changes from now on");
-    Ok(header)
-}
-
-/// Writes the copy of the header whose turn it is.
-fn write_header(top: &Lower, header: &Header) -> Result<(), StoreError> {
-    let mut block = vec![0; usize::try_from(top.info().block_size).unwrap_or(header::SIZE)];
-    block[..header::SIZE].copy_from_slice(&header.encode());
-    top.write(header.sequence % 2 * CLUSTER, &block)
 }

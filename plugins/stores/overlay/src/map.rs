@@ -1,7 +1,7 @@
 //! Where what was changed is: an entry of 64 bits for each 64 KiB of the copy.
 //!
 //! The low 16 bits of an entry say which of the cluster's 16 grains (4 KiB) were changed, the others in which cluster of the store for changes they are. Cluster 0 is none, and
-//! [`ZEROES`] stands for one that is all zeroes and takes no space. The grains that were not changed are the base's.
+//! the highest number stands for one that is all zeroes and takes no space. The grains that were not changed are the base's.
 //!
 //! The entries of the table are read in pages when they are needed first. Those that were changed stay in memory until [`Map::changed_pages`] were written.
 
