@@ -4,7 +4,7 @@
 //! exceptions, control registers) works on the same fields. Two rules keep it consistent:
 //!
 //! - Arithmetic flags are lazy. Read them with [`Cpu::flags`], write them with [`Cpu::set_flags`]; [`Cpu::rflags`] holds the others.
-//! - After a change of CR0, CR4, EFER, CS, SS, the privilege level, TF or VM call [`Cpu::update_mode`]; after a change of page tables'
+//! - After a change of CR0, CR4, EFER, a segment register but FS and GS, the privilege level, TF or VM call [`Cpu::update_mode`]; after a change of page tables'
 //!   meaning call [`Cpu::flush_tlb`], [`Cpu::flush_tlb_non_global`] or [`Cpu::flush_page`].
 
 use std::sync::Arc;
@@ -183,6 +183,8 @@ pub(crate) mod mode {
     pub(crate) const CODE: u32 = 3;
     /// The stack pointer is ESP (SS.B); meaningless in 64-bit code.
     pub(crate) const STACK32: u32 = 4;
+    /// 32-bit code and stack in protected mode, where CS, DS, ES and SS are all 4 GiB from 0 on: an address is a linear one.
+    pub(crate) const FLAT: u32 = 32;
 }
 
 /// One virtual CPU.

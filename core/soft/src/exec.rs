@@ -8,7 +8,7 @@ use tenon_core::{Activity, CpuState, CrashReport, Event, Stop};
 
 use crate::block::{Block, BlockCache};
 use crate::control;
-use crate::cpu::{Cpu, Fault, RIP, efer, fl, mode};
+use crate::cpu::{CS, Cpu, DS, ES, Fault, RIP, SS, efer, fl, mode};
 use crate::exception;
 use crate::flags::Lazy;
 use crate::ops::BURST;
@@ -85,7 +85,25 @@ impl Cpu {
         self.gpr[RIP] = rip;
     }
 
-    /// Works out [`Cpu::mode`] and the TLB in use after a change of control registers, CS, SS, privilege or the TF and VM flags.
+    /// A branch of flat 32-bit code may have left a carry past 4 GiB in RIP. It is never one to a block that is linked, for these are in the same page.
+    #[inline]
+    fn cut_rip(&mut self) {
+        if self.mode & mode::FLAT != 0 {
+            self.gpr[RIP] &= 0xffff_ffff;
+        }
+    }
+
+    /// Whether CS, DS, ES and SS are segments of 4 GiB from 0 on, and data may be written.
+    fn has_flat_segments(&self) -> bool {
+        /// Present, no system segment; of data segments also the type: writable, growing up.
+        const CODE: u16 = 0x98;
+        const DATA: (u16, u16) = (0x9e, 0x92);
+        let whole = |segment: &tenon_core::Segment| segment.base == 0 && segment.limit == u32::MAX;
+        let data = |n: usize| whole(&self.seg[n]) && self.seg[n].rights & DATA.0 == DATA.1;
+        data(SS) && data(DS) && data(ES) && whole(&self.seg[CS]) && self.seg[CS].rights & CODE == CODE
+    }
+
+    /// Works out [`Cpu::mode`] and the TLB in use after a change of control registers, a segment register but FS and GS, privilege or the TF and VM flags.
     pub(crate) fn update_mode(&mut self) {
         let code = if self.efer & efer::LMA != 0 && self.seg[1].rights & 1 << 13 != 0 {
             mode::CODE64
@@ -95,7 +113,9 @@ impl Cpu {
             mode::CODE16
         };
         let stack = if self.seg[2].rights & 1 << 14 != 0 { mode::STACK32 } else { 0 };
-        self.mode = code | if code == mode::CODE64 { 0 } else { stack };
+        let protected = self.cr0 & crate::cpu::cr0::PE != 0;
+        let flat = protected && code == mode::CODE32 && stack != 0 && self.has_flat_segments();
+        self.mode = code | if code == mode::CODE64 { 0 } else { stack } | if flat { mode::FLAT } else { 0 };
         let user = self.cpl == 3;
         self.tlb = &raw mut *self.tlbs[usize::from(user)];
         let bits = self.mode | u32::from(user) << 4;
@@ -247,6 +267,7 @@ impl Cpu {
         self.blocks.pending = std::ptr::null_mut();
         loop {
             if block.is_null() {
+                self.cut_rip();
                 block = self.blocks.quick(self.linear_rip());
                 if block.is_null() {
                     match self.find_block(false) {
@@ -320,6 +341,7 @@ impl Cpu {
         let first = Block::first(block);
         // SAFETY: as in `run_blocks`.
         unsafe { ((*first).run)(self, first) };
+        self.cut_rip();
         let exit = std::mem::replace(&mut self.exit, LOOK_UP);
         if exit == FAULT {
             return self.raise(self.fault);

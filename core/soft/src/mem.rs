@@ -509,8 +509,11 @@ impl Cpu {
         Ok(())
     }
 
-    /// An access that runs out of the canonical addresses is refused as a whole, before its first page is looked at.
+    /// An access that runs out of the canonical addresses, or in flat 32-bit code past 4 GiB, is refused as a whole, before its first page is looked at.
     fn check_last(&self, address: u64, size: u64) -> Result<(), Fault> {
+        if self.mode & mode::FLAT != 0 && address.wrapping_add(size - 1) >> 32 != 0 {
+            return Err(Fault::gp(0));
+        }
         let last = self.wrap(address.wrapping_add(size - 1));
         if crate::segment::is_canonical(last) { Ok(()) } else { Err(Fault::gp(0)) }
     }

@@ -562,6 +562,7 @@ impl Return {
                     cpu.seg[seg] = null(0);
                 }
             }
+            cpu.update_mode();
         }
     }
 }

@@ -14,6 +14,8 @@
 mod device;
 #[path = "system/exceptions.rs"]
 mod exceptions;
+#[path = "system/flat.rs"]
+mod flat;
 #[path = "system/guest.rs"]
 mod guest;
 #[path = "system/interrupts.rs"]

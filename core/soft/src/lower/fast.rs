@@ -1,4 +1,4 @@
-//! Picks the fast handlers for 64-bit code.
+//! Picks the fast handlers for 64-bit code and for flat 32-bit code.
 //!
 //! One file, though long: it is one decision, spelled out for each group of instructions.
 #![allow(
@@ -8,7 +8,7 @@
     reason = "fields of ops are small"
 )]
 
-use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
+use iced_x86::{CodeSize, Instruction, Mnemonic as M, OpKind, Register};
 
 use super::Context;
 use crate::block::{Op, Run};
@@ -16,7 +16,7 @@ use crate::cpu::{RIP, SS, ZERO, fl};
 use crate::flags::sign_extend;
 use crate::operand::{by_size, data_segment, locate, size_of_operand};
 use crate::ops::flow::{self, MemImm, MemReg, RegImm, RegMem, RegReg};
-use crate::ops::int::{self, Base, Indexed, Segmented};
+use crate::ops::int::{self, Base, Flat, Indexed, Segmented};
 use crate::ops::sse;
 use crate::ops::{self, nothing};
 use crate::slow::condition_of;
@@ -27,6 +27,7 @@ pub(super) enum Form {
     Base,
     Indexed,
     Segmented,
+    Flat,
 }
 
 /// Runs an expression with the type of an addressing form.
@@ -43,6 +44,10 @@ macro_rules! by_form {
             }
             Form::Segmented => {
                 type $a = Segmented;
+                $body
+            }
+            Form::Flat => {
+                type $a = Flat;
                 $body
             }
         }
@@ -135,22 +140,39 @@ fn reg_operand(insn: &Instruction, i: u32) -> Option<(u8, u32)> {
     if insn.op_kind(i) == OpKind::Register { register(insn.op_register(i)) } else { None }
 }
 
-/// Puts a memory operand with a 64-bit address into an op.
+/// Whether an instruction is one of flat 32-bit code: other code than that and 64-bit code does not come here.
+fn is_flat(insn: &Instruction) -> bool {
+    insn.code_size() == CodeSize::Code32
+}
+
+/// log2 of the size of addresses.
+fn address_size(insn: &Instruction) -> u32 {
+    if is_flat(insn) { 2 } else { 3 }
+}
+
+/// Puts a memory operand with an address of the code's own size into an op.
 pub(super) fn memory(op: &mut Op, insn: &Instruction) -> Option<Form> {
     let (base, index) = (insn.memory_base(), insn.memory_index());
+    let size = address_size(insn);
     let part = |register: Register| match register {
         Register::None => Some(ZERO as u8),
         Register::RIP => Some(RIP as u8),
-        _ => locate(register).filter(|(_, log2, _)| *log2 == 3).map(|(n, _, _)| n as u8),
+        _ => locate(register).filter(|(_, log2, _)| *log2 == size).map(|(n, _, _)| n as u8),
     };
     op.base = part(base)?;
     op.index = part(index)?;
-    if base == Register::None && index == Register::None && insn.memory_displ_size() != 8 {
+    if base == Register::None && index == Register::None && insn.memory_displ_size() != 1 << size {
         return None;
     }
     op.scale = insn.memory_index_scale().ilog2() as u8;
-    op.disp = i32::try_from(insn.memory_displacement64() as i64).ok()?;
     let segment = data_segment(insn);
+    if is_flat(insn) {
+        op.disp = insn.memory_displacement32() as i32;
+        op.seg = if segment == SS { SS as u8 } else { 0 };
+        // Code is not written, FS and GS are anywhere.
+        return matches!(segment, crate::cpu::ES | SS | crate::cpu::DS).then_some(Form::Flat);
+    }
+    op.disp = i32::try_from(insn.memory_displacement64() as i64).ok()?;
     op.seg = segment as u8;
     Some(if segment >= crate::cpu::FS {
         Form::Segmented
@@ -181,6 +203,7 @@ pub(super) fn lower(context: &mut Context, insn: &Instruction, fuse: &mut Option
                 (3, Form::Base) => int::lea::<u64, Base>,
                 (3, _) => int::lea::<u64, Indexed>,
                 (2, Form::Base) => int::lea::<u32, Base>,
+                (2, Form::Flat) => int::lea::<u32, Flat>,
                 (2, _) => int::lea::<u32, Indexed>,
                 _ => return None,
             }
@@ -205,6 +228,35 @@ pub(super) fn lower(context: &mut Context, insn: &Instruction, fuse: &mut Option
             op.seg = SS as u8;
             op.a = reg_operand(insn, 0)?.0;
             int::pop_r
+        }
+        M::Push if is_flat(insn) && insn.stack_pointer_increment() == -4 => {
+            op.seg = SS as u8;
+            if let Some((a, log2)) = reg_operand(insn, 0) {
+                op.a = a;
+                if log2 != 2 {
+                    return None;
+                }
+                int::push32_r
+            } else if insn.op0_kind() == OpKind::Memory {
+                memory(&mut op, insn)?;
+                int::push32_m
+            } else {
+                op.imm = insn.try_immediate(0).ok()?;
+                int::push32_i
+            }
+        }
+        M::Pop if is_flat(insn) && insn.stack_pointer_increment() == 4 => {
+            op.seg = SS as u8;
+            let (a, log2) = reg_operand(insn, 0)?;
+            op.a = a;
+            if log2 != 2 {
+                return None;
+            }
+            int::pop32_r
+        }
+        M::Leave if is_flat(insn) && insn.code() == iced_x86::Code::Leaved => {
+            op.seg = SS as u8;
+            int::leave32
         }
         M::Leave if insn.code() == iced_x86::Code::Leaveq => {
             op.seg = SS as u8;
@@ -248,6 +300,7 @@ pub(super) fn lower(context: &mut Context, insn: &Instruction, fuse: &mut Option
                 if log2 == 2 { int::bt_ri::<u32> } else { int::bt_ri::<u64> }
             }
         }
+        M::Jmp | M::Call | M::Ret if is_flat(insn) => flow32(context, &mut op, insn)?,
         M::Jmp | M::Call | M::Ret => flow(context, &mut op, insn)?,
         _ if condition_of(insn).is_some() => conditional(context, &mut op, insn, compared, fuse)?,
         _ => sse(&mut op, insn)?,
@@ -536,6 +589,54 @@ fn flow(context: &mut Context, op: &mut Op, insn: &Instruction) -> Option<Run> {
     Some(run)
 }
 
+/// [`flow`] in flat 32-bit code.
+fn flow32(context: &mut Context, op: &mut Op, insn: &Instruction) -> Option<Run> {
+    let next = insn.next_ip();
+    let call = insn.mnemonic() == M::Call;
+    let run: Run = match (insn.mnemonic(), insn.op0_kind()) {
+        (M::Ret, _) => {
+            let release = match insn.code() {
+                iced_x86::Code::Retnd => 0,
+                iced_x86::Code::Retnd_imm16 => u64::from(insn.immediate16()),
+                _ => return None,
+            };
+            op.imm = 4 + release;
+            op.seg = SS as u8;
+            flow::ret32
+        }
+        (_, OpKind::NearBranch32) => {
+            op.imm = distance32(insn);
+            op.disp = i32::try_from(next).ok()?;
+            context.direct = true;
+            if call { flow::call32 } else { flow::jmp }
+        }
+        (_, OpKind::Register) => {
+            let (a, log2) = reg_operand(insn, 0)?;
+            if log2 != 2 {
+                return None;
+            }
+            op.a = a;
+            op.imm = next;
+            if call { flow::call32_r } else { flow::jmp32_r }
+        }
+        (_, OpKind::Memory)
+            if insn.code() == iced_x86::Code::Jmp_rm32 || insn.code() == iced_x86::Code::Call_rm32 =>
+        {
+            memory(op, insn)?;
+            op.imm = next;
+            if call { flow::call32_m } else { flow::jmp32_m }
+        }
+        _ => return None,
+    };
+    context.branched = true;
+    Some(run)
+}
+
+/// How far a branch's target is from the start of its block.
+fn distance32(insn: &Instruction) -> u64 {
+    insn.near_branch32() as i32 as i64 as u64
+}
+
 fn conditional(
     context: &mut Context,
     op: &mut Op,
@@ -546,10 +647,11 @@ fn conditional(
     let cc = condition_of(insn)?;
     let code = insn.code();
     if code.is_jcc_short_or_near() {
-        if insn.op0_kind() != OpKind::NearBranch64 {
-            return None;
-        }
-        op.imm = insn.near_branch64();
+        op.imm = match insn.op0_kind() {
+            OpKind::NearBranch64 => insn.near_branch64(),
+            OpKind::NearBranch32 if is_flat(insn) => distance32(insn),
+            _ => return None,
+        };
         op.disp = i32::try_from(insn.next_ip()).ok()?;
         context.direct = true;
         context.branched = true;

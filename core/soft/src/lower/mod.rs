@@ -26,7 +26,8 @@ pub(crate) struct Lowered {
 
 /// What is known of the block that is being made.
 pub(crate) struct Context {
-    long: bool,
+    /// 64-bit code, or flat 32-bit code: what the fast handlers know.
+    fast: bool,
     branched: bool,
     /// The last instruction is a direct branch.
     direct: bool,
@@ -43,7 +44,7 @@ pub(crate) struct Context {
 impl Context {
     pub(crate) fn new(bits: u32) -> Self {
         Self {
-            long: bits & mode::CODE == mode::CODE64,
+            fast: bits & mode::CODE == mode::CODE64 || bits & mode::FLAT != 0,
             branched: false,
             direct: false,
             kind: flow::ANY,
@@ -87,7 +88,7 @@ impl Context {
         if fast::is_nothing(insn) {
             return (None, false);
         }
-        if self.long
+        if self.fast
             && let Some(op) = fast::lower(self, insn, fuse)
         {
             return (Some(op), self.branched);

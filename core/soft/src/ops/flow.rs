@@ -11,7 +11,7 @@
     reason = "arithmetic modulo the word size"
 )]
 
-use super::int::{Ea, get, set};
+use super::int::{Ea, Flat, LOW, get, set};
 use super::{enter, fault, next};
 use crate::block::{Block, Op};
 use crate::cpu::{Cpu, Fault, RIP, RSP};
@@ -236,6 +236,95 @@ unsafe fn return_to(cpu: &mut Cpu, op: *const Op, target: u64) -> *mut Block {
         cpu.gpr[RIP] = target;
         let block = cpu.blocks.quick(target);
         enter(cpu, block)
+    }
+}
+
+/// Goes to an address in flat 32-bit code, where it is a linear one.
+#[inline(always)]
+unsafe fn jump32_to(cpu: &mut Cpu, target: u32) -> *mut Block {
+    cpu.gpr[RIP] = target.into();
+    let block = cpu.blocks.quick(target.into());
+    // SAFETY: the caller's.
+    unsafe { enter(cpu, block) }
+}
+
+/// Pushes the address of the instruction after a call, which is so far from the block's start.
+#[inline(always)]
+unsafe fn push32(cpu: &mut Cpu, distance: u64) -> Result<(), Trap> {
+    let sp = cpu.gpr[RSP].wrapping_sub(4) & LOW;
+    let next = cpu.gpr[RIP].wrapping_add(distance) as u32;
+    cpu.store::<u32>(sp, next)?;
+    cpu.gpr[RSP] = sp;
+    Ok(())
+}
+
+/// CALL of a known target in flat 32-bit code.
+pub(crate) unsafe fn call32(cpu: &mut Cpu, op: *const Op) -> *mut Block {
+    // SAFETY: the caller's.
+    unsafe {
+        match push32(cpu, (*op).disp as i64 as u64) {
+            Ok(()) => go(cpu, op, true),
+            Err(Trap) => fault_stack(cpu, op),
+        }
+    }
+}
+
+/// CALL register in flat 32-bit code.
+pub(crate) unsafe fn call32_r(cpu: &mut Cpu, op: *const Op) -> *mut Block {
+    // SAFETY: the caller's.
+    unsafe {
+        let target = get::<u32>(cpu, (*op).a);
+        match push32(cpu, (*op).imm) {
+            Ok(()) => jump32_to(cpu, target),
+            Err(Trap) => fault_stack(cpu, op),
+        }
+    }
+}
+
+/// CALL memory in flat 32-bit code.
+pub(crate) unsafe fn call32_m(cpu: &mut Cpu, op: *const Op) -> *mut Block {
+    // SAFETY: the caller's.
+    unsafe {
+        let Ok(target) = cpu.load::<u32>(Flat::of(cpu, op)) else { return fault(cpu, op) };
+        match push32(cpu, (*op).imm) {
+            Ok(()) => jump32_to(cpu, target),
+            Err(Trap) => fault_stack(cpu, op),
+        }
+    }
+}
+
+/// JMP register in flat 32-bit code.
+pub(crate) unsafe fn jmp32_r(cpu: &mut Cpu, op: *const Op) -> *mut Block {
+    // SAFETY: the caller's.
+    unsafe {
+        let target = get::<u32>(cpu, (*op).a);
+        jump32_to(cpu, target)
+    }
+}
+
+/// JMP memory in flat 32-bit code.
+pub(crate) unsafe fn jmp32_m(cpu: &mut Cpu, op: *const Op) -> *mut Block {
+    // SAFETY: the caller's.
+    unsafe {
+        match cpu.load::<u32>(Flat::of(cpu, op)) {
+            Ok(target) => jump32_to(cpu, target),
+            Err(Trap) => fault(cpu, op),
+        }
+    }
+}
+
+/// RET in flat 32-bit code; `imm` is what it releases in all.
+pub(crate) unsafe fn ret32(cpu: &mut Cpu, op: *const Op) -> *mut Block {
+    // SAFETY: the caller's.
+    unsafe {
+        let sp = cpu.gpr[RSP] & LOW;
+        match cpu.load::<u32>(sp) {
+            Ok(target) => {
+                cpu.gpr[RSP] = sp.wrapping_add((*op).imm) & LOW;
+                jump32_to(cpu, target)
+            }
+            Err(Trap) => fault(cpu, op),
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Fast handlers of the integer instructions of 64-bit code.
+//! Fast handlers of the integer instructions of 64-bit code and of flat 32-bit code.
 //!
 //! They are generic in the operand's size ([`Word`]), in how the memory operand's address is made ([`Ea`]) and in the
 //! operation; [`crate::lower`] picks. Registers are committed last, after everything that can fault.
@@ -60,6 +60,8 @@ pub(crate) struct Base;
 pub(crate) struct Indexed;
 /// As [`Indexed`], in FS or GS.
 pub(crate) struct Segmented;
+/// As [`Indexed`], cut to 32 bits.
+pub(crate) struct Flat;
 
 impl Ea for Base {
     #[inline(always)]
@@ -88,6 +90,17 @@ impl Ea for Segmented {
         unsafe { Indexed::of(cpu, op).wrapping_add(cpu.seg.get_unchecked((*op).seg as usize).base) }
     }
 }
+
+impl Ea for Flat {
+    #[inline(always)]
+    unsafe fn of(cpu: &Cpu, op: *const Op) -> u64 {
+        // SAFETY: the caller's op.
+        unsafe { Indexed::of(cpu, op) & LOW }
+    }
+}
+
+/// What 32-bit code has of a stack pointer or an address.
+pub(super) const LOW: u64 = 0xffff_ffff;
 
 /// A two-operand operation on sign-extended words.
 pub(crate) trait Binary {
@@ -357,6 +370,55 @@ handler! {
         let value = cpu.load::<u64>(cpu.gpr[RBP])?;
         cpu.gpr[RSP] = cpu.gpr[RBP].wrapping_add(8);
         cpu.gpr[RBP] = value;
+        let _ = op;
+    }
+}
+handler! {
+    /// PUSH register in flat 32-bit code.
+    push32_r<>(cpu, op) {
+        let value = get::<u32>(cpu, (*op).a);
+        let sp = cpu.gpr[RSP].wrapping_sub(4) & LOW;
+        cpu.store::<u32>(sp, value)?;
+        cpu.gpr[RSP] = sp;
+    }
+}
+handler! {
+    /// PUSH immediate in flat 32-bit code.
+    push32_i<>(cpu, op) {
+        let sp = cpu.gpr[RSP].wrapping_sub(4) & LOW;
+        cpu.store::<u32>(sp, (*op).imm as u32)?;
+        cpu.gpr[RSP] = sp;
+    }
+}
+handler! {
+    /// PUSH memory in flat 32-bit code.
+    push32_m<>(cpu, op) {
+        let value = cpu.load::<u32>(Flat::of(cpu, op))?;
+        let sp = cpu.gpr[RSP].wrapping_sub(4) & LOW;
+        if let Err(trap) = cpu.store::<u32>(sp, value) {
+            // As in `push_m`.
+            if cpu.fault == crate::cpu::Fault::gp(0) { cpu.fault = crate::cpu::Fault::ss(0); }
+            return Err(trap);
+        }
+        cpu.gpr[RSP] = sp;
+    }
+}
+handler! {
+    /// POP register in flat 32-bit code.
+    pop32_r<>(cpu, op) {
+        let sp = cpu.gpr[RSP] & LOW;
+        let value = cpu.load::<u32>(sp)?;
+        cpu.gpr[RSP] = sp.wrapping_add(4) & LOW;
+        set::<u32>(cpu, (*op).a, value);
+    }
+}
+handler! {
+    /// LEAVE in flat 32-bit code.
+    leave32<>(cpu, op) {
+        let frame = cpu.gpr[RBP] & LOW;
+        let value = cpu.load::<u32>(frame)?;
+        cpu.gpr[RSP] = frame.wrapping_add(4) & LOW;
+        cpu.gpr[RBP] = value.into();
         let _ = op;
     }
 }
