@@ -27,7 +27,7 @@ const SCHEMA: u32 = 1;
 
 /// Where what a flash chip holds is kept when the machine is gone.
 pub trait FlashStore: Send + Sync {
-    /// Keeps bytes at an offset. Called on a vCPU's thread.
+    /// Keeps bytes at an offset: whole blocks of 4 KiB, as a disk keeps them too. Called on a vCPU's thread.
     ///
     /// # Errors
     /// They cannot be kept; the guest is told that the write failed.
@@ -98,10 +98,10 @@ impl Flash {
         let state = &mut *state;
         state.mode = match (state.mode, byte) {
             (Mode::Program, _) => {
-                let value = state.content[at] & byte;
-                if self.keep(at, &[value]) {
-                    state.content[at] = value;
-                } else {
+                let (old, block) = (state.content[at], at / BLOCK * BLOCK);
+                state.content[at] &= byte;
+                if !self.keep(block, &state.content[block..block + BLOCK]) {
+                    state.content[at] = old;
                     state.status |= PROGRAM_FAILED;
                 }
                 state.status |= READY;
@@ -235,7 +235,9 @@ mod tests {
         assert_eq!(chip.read(0x1000, 4), 0xf0f0_30f0);
         commands(&chip, &[(0x1234, 0x20), (0x1234, 0xd0), (0, 0xff)]);
         assert_eq!((chip.read(0xfff, 1), chip.read(0x1000, 8), chip.read(0x1fff, 1)), (0xf0, u64::MAX, 0xff));
-        assert_eq!(*kept.lock().unwrap(), [(0x1001, vec![0x30]), (0x1000, vec![0xff; BLOCK])]);
+        let mut block = vec![0xf0; BLOCK];
+        block[1] = 0x30;
+        assert_eq!(*kept.lock().unwrap(), [(0x1000, block), (0x1000, vec![0xff; BLOCK])]);
     }
 
     #[test]
