@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use crate::disks::DiskSpec;
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 
 /// Run virtual machines made of plugins.
@@ -21,6 +22,8 @@ const EXAMPLES: &str = "\
 Examples:
   tenon run --kernel vmlinuz --initrd initramfs.gz      boot Linux on this terminal
   tenon run --kernel vmlinuz --cpus 4 --memory 2G       with four vCPUs and 2 GiB
+  tenon run --kernel vmlinuz --disk file:disk.img --net user,forward=2222:22
+                                                        with a disk and a network
   tenon plugin new beeper --kind device                 begin a device of your own
   tenon doctor                                          what this host offers
 
@@ -34,6 +37,9 @@ pub(crate) enum Command {
     Run(Box<RunArgs>),
     /// Say what this host offers and what is missing
     Doctor(DoctorArgs),
+    /// Make, look at, resize, convert and check disks
+    #[command(subcommand)]
+    Disk(DiskCommand),
     /// Make, build, test and look at plugins
     #[command(subcommand)]
     Plugin(PluginCommand),
@@ -125,6 +131,15 @@ pub(crate) struct RunArgs {
     /// Leave out `serial` and `rtc` where they are not named
     #[arg(long, help_heading = "Devices")]
     pub(crate) no_default_devices: bool,
+    /// Add a disk: a store and its place, such as `file:disk.img`, `qcow2:disk.qcow2,ro`, or stores on one another, such as `overlay:file:base.img`. Settings behind a comma go to the store or to the disk; a comma in a value is written twice
+    #[arg(long = "disk", value_name = "STORE:PLACE[,KEY=VALUE…]", help_heading = "Devices")]
+    pub(crate) disks: Vec<DiskSpec>,
+    /// Add a read-only disk with the content of FILE
+    #[arg(long = "cdrom", value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Devices")]
+    pub(crate) cdroms: Vec<PathBuf>,
+    /// Add a network card: `user` (no privileges; `forward=2222:22` lets ssh in), `tap:NAME`, or `socket,listen=PATH` and `socket,connect=PATH`; with `mac=…`, `mtu=…`, `pcap=FILE`
+    #[arg(long = "net", value_name = "KIND[,KEY=VALUE…]", value_parser = tenon_net::parse, help_heading = "Devices")]
+    pub(crate) networks: Vec<tenon_net::Spec>,
     /// What the guest's console is connected to: `stdio` (escape Ctrl-B, `Ctrl-B ?` lists), `pty`, `file:FILE` or `none`
     #[arg(long, value_name = "WHERE", default_value = "stdio", help_heading = "Devices")]
     pub(crate) console: ConsoleChoice,
@@ -153,6 +168,65 @@ pub(crate) struct DoctorArgs {
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// What is done with disks. A disk is written as for `tenon run --disk`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum DiskCommand {
+    /// Make a disk; stores that stand on it, such as `crypt`, are formatted
+    #[command(
+        after_help = "Examples:\n  tenon disk create qcow2:disk.qcow2 --size 10G\n  tenon disk create crypt:file:secret.img,key-file=key --size 1G"
+    )]
+    Create {
+        /// The disk: STORE:PLACE[,KEY=VALUE…]
+        disk: DiskSpec,
+        /// How large; a qcow2 image is as large as its backing file if nothing is said
+        #[arg(long, value_name = "SIZE")]
+        size: Option<Size>,
+        /// What a qcow2 image stands on: another image, or a raw file
+        #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+        backing: Option<PathBuf>,
+        #[command(flatten)]
+        places: PluginPlaces,
+    },
+    /// Say what a disk is
+    Info {
+        /// The disk: STORE:PLACE[,KEY=VALUE…]
+        disk: DiskSpec,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        places: PluginPlaces,
+    },
+    /// Make a disk larger
+    Resize {
+        /// The disk: STORE:PLACE[,KEY=VALUE…]
+        disk: DiskSpec,
+        /// How large it is to be
+        size: Size,
+        #[command(flatten)]
+        places: PluginPlaces,
+    },
+    /// Copy a disk to another, which is made if it is not there
+    Convert {
+        /// The disk that is copied
+        from: DiskSpec,
+        /// Where to
+        to: DiskSpec,
+        /// How large the new disk's file is [default: as large as what is copied]
+        #[arg(long, value_name = "SIZE")]
+        size: Option<Size>,
+        #[command(flatten)]
+        places: PluginPlaces,
+    },
+    /// Check an image's books, and read all of the disk
+    Check {
+        /// The disk: STORE:PLACE[,KEY=VALUE…]
+        disk: DiskSpec,
+        #[command(flatten)]
+        places: PluginPlaces,
+    },
 }
 
 #[derive(Debug, Subcommand)]

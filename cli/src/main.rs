@@ -2,6 +2,9 @@
 
 mod args;
 mod console;
+mod devices;
+mod disk_command;
+mod disks;
 mod doctor;
 mod engine;
 mod guest;
@@ -65,6 +68,7 @@ fn main() -> ExitCode {
     let done = match &cli.command {
         Command::Run(args) => run::check(args).and_then(|()| run::run(args, start)),
         Command::Doctor(args) => doctor::doctor(args).map(|()| ExitCode::SUCCESS),
+        Command::Disk(command) => disk_command::disk(command),
         Command::Plugin(command) => plugin::plugin(command),
         Command::Completions { shell } => {
             let mut script = Vec::new();

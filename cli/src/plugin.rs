@@ -280,7 +280,7 @@ fn test(dir: &Path) -> Result<()> {
     print(format_args!("{}: passed", built.id))
 }
 
-fn table() -> Table {
+pub(crate) fn table() -> Table {
     let mut table = Table::new();
     table.load_style(NOTHING).set_content_arrangement(ContentArrangement::Dynamic);
     table

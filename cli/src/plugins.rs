@@ -1,28 +1,26 @@
-//! The plugins of a machine: found, loaded, attached.
+//! The plugins of a machine: found and loaded; and the personality.
 
-use std::io::Write;
 use std::sync::Arc;
-use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Result, anyhow};
 use serde::Serialize;
-use tenon_abi::{DeviceError, Machine as MachineDescription, MemoryKind, MemoryRange, PersonalityError};
-use tenon_core::{Lifecycle, Ram};
-use tenon_platform::{AcpiNode, Resource};
-use tenon_plugins::{
-    AttachError, Boot, Bundle, BundleError, Catalog, ChannelEnd, Device, Grants, GuestError, Host, Image,
-    MachineParts, Plugin,
-};
+use tenon_abi::{Machine as MachineDescription, MemoryKind, MemoryRange, PersonalityError};
+use tenon_core::Ram;
+use tenon_plugins::{Boot, Bundle, BundleError, Catalog, Grants, GuestError, Host, Image, Plugin};
 
 use crate::Usage;
-use crate::args::{PluginPlaces, PluginSpec, RunArgs};
+use crate::args::{PluginPlaces, PluginSpec};
+use crate::devices::Usages;
 use crate::places;
 use crate::say::explain;
 
-/// The name of the channel that is the guest's console.
-const CONSOLE: &str = "console";
-/// The devices that every machine has, unless `--no-default-devices`.
-const DEFAULT_DEVICES: [&str; 2] = ["serial", "rtc"];
+/// The plugins that are part of this program, with their manifests.
+const BUILT_IN: [(&tenon_abi::Plugin, &str); 4] = [
+    (&tenon_store_file::PLUGIN, tenon_store_file::MANIFEST),
+    (&tenon_store_memory::PLUGIN, tenon_store_memory::MANIFEST),
+    (&tenon_store_null::PLUGIN, tenon_store_null::MANIFEST),
+    (&tenon_store_qcow2::PLUGIN, tenon_store_qcow2::MANIFEST),
+];
 
 /// What the summary says about a plugin.
 #[derive(Clone, Debug, Serialize)]
@@ -35,19 +33,10 @@ pub(crate) struct PluginSummary {
     pub(crate) usage: Option<Usages>,
 }
 
-/// What a device did.
-#[derive(Clone, Debug, Serialize)]
-pub(crate) struct Usages {
-    status: String,
-    calls: u64,
-    faults: u64,
-    restarts: u64,
-    lost_calls: u64,
-}
-
 /// Where plugins are taken from.
 pub(crate) struct Shelf {
     host: Arc<Host>,
+    built_in: Vec<Arc<Plugin>>,
     catalog: Catalog,
     grants: Grants,
 }
@@ -59,12 +48,18 @@ impl Shelf {
             .inspect_err(|error| tracing::warn!("components are compiled at each start: {}", explain(error)))
             .ok();
         let grants = native.iter().fold(Grants::none(), |grants, id| grants.allow_native(id));
-        Ok(Self { host: Host::new(cache.as_deref())?, catalog: catalog(at), grants })
+        let host = Host::new(cache.as_deref())?;
+        let built_in =
+            BUILT_IN.iter().map(|(code, manifest)| host.builtin(code, manifest)).collect::<Result<_, _>>()?;
+        Ok(Self { host, built_in, catalog: catalog(at), grants })
     }
 
-    /// Loads a plugin by id or path.
-    fn load(&self, plugin: &str) -> Result<Arc<Plugin>> {
-        self.load_bundle(find(&self.catalog, plugin)?)
+    /// Loads a plugin by id or path. One that is part of this program is found first.
+    pub(crate) fn load(&self, plugin: &str) -> Result<Arc<Plugin>> {
+        match self.built_in.iter().find(|there| there.manifest().id == plugin) {
+            Some(there) => Ok(there.clone()),
+            None => self.load_bundle(find(&self.catalog, plugin)?),
+        }
     }
 
     /// Loads a plugin that was found.
@@ -80,27 +75,6 @@ impl Shelf {
             .settings(&spec.settings)
             .map_err(|error| Usage(anyhow!("--personality: {error}")))?;
         Ok(Personality { plugin, options: spec.settings.clone() })
-    }
-
-    /// Attaches a device. Devices of the same plugin are numbered from the second on.
-    pub(crate) fn attach(
-        &self,
-        spec: &PluginSpec,
-        others: &[Attached],
-        parts: &MachineParts,
-    ) -> Result<Attached> {
-        let plugin = self.load(&spec.plugin)?;
-        let id = &plugin.manifest().id;
-        let same = others.iter().filter(|other| other.plugin.manifest().id == *id).count();
-        let name = if same == 0 { id.clone() } else { format!("{id}{same}") };
-        let device = plugin.attach(&name, &spec.settings, parts).map_err(|error| match error {
-            // The settings are looked at by their types first, and then by the device itself.
-            AttachError::Setting(_) | AttachError::Refused { error: DeviceError::Invalid(_), .. } => {
-                anyhow::Error::new(Usage(anyhow!(error).context(format!("--device {}", spec.plugin))))
-            }
-            error => error.into(),
-        })?;
-        Ok(Attached { name, plugin, device })
     }
 }
 
@@ -119,15 +93,6 @@ pub(crate) fn find(catalog: &Catalog, plugin: &str) -> Result<Bundle> {
         BundleError::Unknown { .. } => Usage(error.into()).into(),
         error => error.into(),
     })
-}
-
-/// The devices of a machine: those named, after the default ones that are not named.
-pub(crate) fn devices(args: &RunArgs) -> Vec<PluginSpec> {
-    let defaults = DEFAULT_DEVICES
-        .iter()
-        .filter(|id| !args.no_default_devices && !args.devices.iter().any(|spec| spec.plugin == **id))
-        .map(|id| PluginSpec { plugin: (*id).to_owned(), settings: Vec::new() });
-    defaults.chain(args.devices.iter().cloned()).collect()
 }
 
 /// A personality with its options.
@@ -173,86 +138,23 @@ impl Personality {
     }
 }
 
-/// A device of this machine.
-pub(crate) struct Attached {
-    name: String,
-    plugin: Arc<Plugin>,
-    device: Arc<Device>,
-}
-
-impl Attached {
-    /// The device's place in the ACPI namespace, if it wants one.
-    pub(crate) fn acpi_node(&self) -> Option<AcpiNode> {
-        let description = self.device.description();
-        let acpi = description.acpi.as_ref()?;
-        let regions = description.regions.iter().filter_map(|region| {
-            let base = region.base?;
-            Some(match region.space {
-                tenon_abi::Space::Pio => {
-                    Resource::Ports { base: base.try_into().ok()?, size: region.size.try_into().ok()? }
-                }
-                tenon_abi::Space::Mmio => {
-                    Resource::Memory { base: base.try_into().ok()?, size: region.size.try_into().ok()? }
-                }
-            })
-        });
-        let lines = description.lines.iter().filter_map(|line| {
-            Some(Resource::Line { gsi: line.gsi?, edge: line.trigger == tenon_abi::Trigger::Edge })
-        });
-        Some(AcpiNode { hid: acpi.hid.clone(), uid: acpi.uid, resources: regions.chain(lines).collect() })
-    }
-
-    pub(crate) fn lifecycle(&self) -> Arc<dyn Lifecycle> {
-        self.device.clone()
-    }
-
-    /// The end of the device's console channel, if it has one.
-    pub(crate) fn console(&self) -> Option<ChannelEnd> {
-        self.device.channel(CONSOLE).cloned()
-    }
-
-    pub(crate) fn summary(&self) -> PluginSummary {
-        let usage = self.device.usage();
-        let usage = Usages {
-            status: format!("{:?}", self.device.status()).to_lowercase(),
-            calls: usage.calls,
-            faults: usage.faults,
-            restarts: usage.restarts,
-            lost_calls: usage.lost_calls,
-        };
-        summary(&self.name, &self.plugin, Some(usage))
-    }
-}
-
-/// Lets the console's bytes out to `output`, which may block.
-pub(crate) fn connect(console: &ChannelEnd, mut output: Box<dyn Write + Send>) -> Result<()> {
-    let mut is_open = true;
-    console
-        .set_sink(move |bytes| {
-            if !is_open {
-                return;
-            }
-            if let Err(error) = output.write_all(bytes).and_then(|()| output.flush()) {
-                tracing::warn!("what the guest prints is lost from now on, and the guest goes on: {error}");
-                is_open = false;
-            }
-        })
-        .context("starting the console's thread")
-}
-
-/// Waits until what the guest wrote has come out.
-pub(crate) fn drain(console: &ChannelEnd) {
-    if !console.flush(Duration::from_secs(5)) {
-        tracing::warn!("the reader of the console has not taken all output within 5 s; the rest is lost");
-    }
-}
-
-fn summary(name: &str, plugin: &Plugin, usage: Option<Usages>) -> PluginSummary {
+pub(crate) fn summary(name: &str, plugin: &Plugin, usage: Option<Usages>) -> PluginSummary {
     PluginSummary {
         name: name.to_owned(),
         plugin: plugin.manifest().id.clone(),
         version: plugin.manifest().version.to_string(),
-        form: if plugin.is_native() { "native" } else { "wasm" },
+        form: form(plugin),
         usage,
+    }
+}
+
+/// What a plugin runs as.
+pub(crate) fn form(plugin: &Plugin) -> &'static str {
+    if plugin.is_builtin() {
+        "built-in"
+    } else if plugin.is_native() {
+        "native"
+    } else {
+        "wasm"
     }
 }

@@ -9,19 +9,21 @@ use crossbeam_channel::{Receiver, Sender, select, unbounded};
 use serde::Serialize;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use tenon_core::{
-    Bus, Clock, CpuModel, Interrupts, Machine, Ram, Request, Requests, Space, Trigger, VmSetup,
+    Bus, Clock, CpuModel, Interrupts, Machine, Ram, Request, Requests, Space, Trigger, Vm, VmSetup,
 };
 use tenon_platform::{
-    KEYBOARD_PORT, KeyboardReset, POWER_BUTTON_GSI, POWER_PORT, POWER_PORTS, Platform, PowerRegisters,
+    KEYBOARD_PORT, KeyboardReset, POWER_BUTTON_GSI, POWER_PORT, POWER_PORTS, Pci, PciParts, Platform,
+    PowerRegisters, SLOTS,
 };
 use tenon_plugins::MachineParts;
 
 use crate::args::{ClockChoice, ConsoleChoice, CpuChoice, OnReset, PluginSpec, RunArgs};
 use crate::console::{Ask, Console};
+use crate::devices::{Attached, Devices, Sockets};
 use crate::guest::{Guest, open_image};
-use crate::plugins::{Attached, PluginSummary, Shelf};
+use crate::plugins::{PluginSummary, Shelf};
 use crate::say::tell;
-use crate::{Usage, engine, places, plugins, terminal};
+use crate::{Usage, devices, engine, places, terminal};
 
 /// Exit status: an error, or a guest that crashed.
 pub(crate) const FAILED: u8 = 1;
@@ -69,6 +71,8 @@ struct Summary<'a> {
     start_ms: f64,
     /// From the first guest instruction to the end.
     run_ms: f64,
+    /// CPU time of this process from the first guest instruction to the end.
+    cpu_ms: f64,
     instructions: Option<u64>,
     guest_ns: u64,
     unclaimed_accesses: u64,
@@ -127,17 +131,18 @@ pub(crate) fn run(args: &RunArgs, process_start: Instant) -> Result<ExitCode> {
     let line = parts.interrupts.line("power", Some(POWER_BUTTON_GSI), Trigger::Level)?;
     let power = Arc::new(PowerRegisters::new(parts.requests.clone(), line));
     let _power = pio.claim("power", POWER_PORT.into(), POWER_PORTS.into(), power.clone())?;
-    let mut devices: Vec<Attached> = Vec::new();
-    for spec in plugins::devices(args) {
-        devices.push(shelf.attach(&spec, &devices, &parts)?);
-    }
+    let pci = pci(args, &parts, &ram, &power, &vm)?;
+    let sockets = Sockets { parts: parts.clone(), pci: pci.clone(), ram: ram.clone() };
+    let mut devices = Devices::new(&shelf, sockets);
+    devices.attach_all(args)?;
+    let devices = devices.all;
     let keyboard = Arc::new(KeyboardReset::new(parts.requests.clone()));
     // Not where a device has the port: a keyboard controller resets by itself.
     let _keyboard = pio.claim("power", KEYBOARD_PORT.into(), 1, keyboard).ok();
     let platform = Platform {
         vcpus: args.cpus,
         devices: devices.iter().filter_map(Attached::acpi_node).collect(),
-        ..Platform::default()
+        pci_buses: pci.buses(),
     };
     let guest = Guest { ram: ram.clone(), platform, personality, images };
     let boot = guest.load()?;
@@ -147,13 +152,15 @@ pub(crate) fn run(args: &RunArgs, process_start: Instant) -> Result<ExitCode> {
     machine.set_vcpu(0, &boot.vcpu)?;
     machine.add_device(power.clone());
     devices.iter().for_each(|device| machine.add_device(device.lifecycle()));
+    // After its devices: they are reset before their slots are.
+    machine.add_device(pci);
 
     let signals = watch_signals()?;
     let mut console = Console::open(&args.console)?;
     let (asks, asked) = unbounded();
     let channel = devices.iter().find_map(Attached::console);
     if let Some(channel) = &channel {
-        plugins::connect(channel, console.take_output())?;
+        devices::connect(channel, console.take_output())?;
     }
     let input = channel.clone();
     console
@@ -176,6 +183,7 @@ pub(crate) fn run(args: &RunArgs, process_start: Instant) -> Result<ExitCode> {
         );
     }
 
+    let cpu_before = cpu_ms();
     machine.resume();
     let running = Instant::now();
     let control = Control { machine: &machine, power: &power, asked, signals, running };
@@ -184,8 +192,8 @@ pub(crate) fn run(args: &RunArgs, process_start: Instant) -> Result<ExitCode> {
         Ok(machine.set_vcpu(0, &guest.load()?.vcpu)?)
     })?;
     machine.pause();
-    let run_time = running.elapsed();
-    channel.iter().for_each(plugins::drain);
+    let (run_time, cpu) = (running.elapsed(), cpu_ms() - cpu_before);
+    channel.iter().for_each(devices::drain);
     drop(console);
 
     if let End::Crash(text) | End::EngineFailed(text) = &end {
@@ -202,6 +210,7 @@ pub(crate) fn run(args: &RunArgs, process_start: Instant) -> Result<ExitCode> {
             guest: &boot.summary,
             start_ms: running.duration_since(process_start).as_secs_f64() * 1e3,
             run_ms: run_time.as_secs_f64() * 1e3,
+            cpu_ms: cpu,
             instructions: machine.instructions(),
             guest_ns: clock.now(),
             unclaimed_accesses: pio.misses() + mmio.misses(),
@@ -211,6 +220,35 @@ pub(crate) fn run(args: &RunArgs, process_start: Instant) -> Result<ExitCode> {
         serde_json::to_writer_pretty(file, &summary).context("writing the summary")?;
     }
     Ok(ExitCode::from(end.status()))
+}
+
+/// How much CPU time this process has used (proc(5): `utime` and `stime`, in clock ticks of 10 ms).
+fn cpu_ms() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let ticks = |at: usize| stat.rsplit(") ").next()?.split(' ').nth(at)?.parse::<f64>().ok();
+    (ticks(11).unwrap_or(0.0) + ticks(12).unwrap_or(0.0)) * 10.0
+}
+
+/// PCI with as many buses as the devices of the command line may need.
+fn pci(
+    args: &RunArgs,
+    parts: &MachineParts,
+    ram: &Arc<Ram>,
+    power: &Arc<PowerRegisters>,
+    vm: &Arc<dyn Vm>,
+) -> Result<Arc<Pci>> {
+    // One slot of the first bus is the host bridge's.
+    let buses = (devices::most_slots(args) + 1).div_ceil(SLOTS.into());
+    let parts = PciParts {
+        ram: ram.clone(),
+        pio: parts.pio.clone(),
+        mmio: parts.mmio.clone(),
+        interrupts: parts.interrupts.clone(),
+        requests: parts.requests.clone(),
+        power: power.clone(),
+        vm: Some(vm.clone()),
+    };
+    Ok(Pci::new(parts, u8::try_from(buses).unwrap_or(u8::MAX))?)
 }
 
 /// The loop that answers requests of the guest, of the person at the console and of signals.
@@ -342,7 +380,7 @@ fn watch_signals() -> Result<Receiver<i32>> {
 pub(crate) fn check(args: &RunArgs) -> Result<()> {
     for id in &args.allow_native {
         let named = |spec: &PluginSpec| spec.plugin == *id;
-        if !plugins::devices(args).iter().any(named) && !named(&args.personality) {
+        if !devices::named(args).iter().any(named) && !named(&args.personality) {
             bail!(Usage(anyhow!("--allow-native {id}: this machine has no plugin `{id}`")));
         }
     }

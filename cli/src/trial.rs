@@ -43,7 +43,9 @@ pub(crate) fn run(plugin: &Arc<Plugin>) -> Result<Vec<String>> {
             bail!("a virtio device is tried by its own tests; `tenon-testkit` drives one without a machine")
         }
         Kind::Device => device(plugin),
-        Kind::Store => bail!("a store is tried by its own tests; `tenon-testkit` drives one without a machine"),
+        Kind::Store => {
+            bail!("a store is tried by its own tests; `tenon-testkit` drives one without a machine")
+        }
         Kind::Personality => personality(plugin),
     }
 }

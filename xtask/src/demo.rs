@@ -1,10 +1,13 @@
 //! `cargo xtask demo`: builds everything and boots Debian on the engine that fits this host.
 
+mod full;
+
 use std::io::{BufRead, BufReader, Write};
 use std::process::Stdio;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use clap::Args;
 use serde::Deserialize;
 
 use crate::process::command;
@@ -23,6 +26,7 @@ pub(crate) struct Summary {
     pub(crate) vcpus: u32,
     pub(crate) start_ms: f64,
     pub(crate) run_ms: f64,
+    pub(crate) cpu_ms: f64,
     pub(crate) instructions: Option<u64>,
     personality: Plugin,
     devices: Vec<Plugin>,
@@ -33,9 +37,23 @@ struct Plugin {
     plugin: String,
     version: String,
     form: String,
+    virtio: Option<Virtio>,
+}
+
+/// What a virtio device did.
+#[derive(Deserialize)]
+pub(crate) struct Virtio {
+    pub(crate) batches: u64,
+    pub(crate) requests: u64,
+    pub(crate) answers: u64,
 }
 
 impl Summary {
+    /// What the first virtio device of this plugin did.
+    pub(crate) fn virtio(&self, plugin: &str) -> Option<&Virtio> {
+        self.devices.iter().find(|device| device.plugin == plugin)?.virtio.as_ref()
+    }
+
     /// The plugins that understood the image and carried the console, as the demo names them.
     fn plugins(&self) -> String {
         let devices = self.devices.iter().filter(|device| device.plugin == "serial");
@@ -47,11 +65,22 @@ impl Summary {
     }
 }
 
+/// Which demo.
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Boot a whole Debian from a disk, log in over ssh, and write to an encrypted disk
+    #[arg(long)]
+    full: bool,
+}
+
 /// Runs the demo.
 ///
 /// # Errors
 /// Something does not build, or Debian does not reach its shell.
-pub(crate) fn run() -> Result<()> {
+pub(crate) fn run(options: &Options) -> Result<()> {
+    if options.full {
+        return full::run_full();
+    }
     host::prepare()?;
     eprintln!("demo: building tenon and its plugins (the first build takes some minutes)");
     plugins::build_command()?;

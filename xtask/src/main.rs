@@ -29,7 +29,7 @@ struct Args {
 #[derive(Subcommand)]
 enum Chore {
     /// Build everything and boot Debian on the engine that fits this host
-    Demo,
+    Demo(demo::Options),
     /// Run every check and every test, as CI does
     Test(test::Options),
     /// Check formatting and run clippy
@@ -65,7 +65,7 @@ fn main() -> std::process::ExitCode {
 
 fn run(chore: Chore) -> Result<()> {
     match chore {
-        Chore::Demo => demo::run(),
+        Chore::Demo(options) => demo::run(&options),
         Chore::Test(options) => test::run(&options),
         Chore::Lint => lint::run_all(),
         Chore::Format => lint::format(),

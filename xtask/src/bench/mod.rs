@@ -2,6 +2,7 @@
 //!
 //! Medians of several runs; the machine should have nothing else to do. Results are also written as JSON to the target folder's `bench`.
 
+mod blk;
 mod boot;
 mod exit;
 mod start;
@@ -21,6 +22,8 @@ use crate::{host, plugins, tree};
 /// What to measure.
 #[derive(Subcommand)]
 pub(crate) enum Bench {
+    /// Requests to a virtio disk: component, native library, and the host's io_uring without a machine
+    Blk(Rounds),
     /// Debian to its shell: the software engine and QEMU's TCG
     Boot(Rounds),
     /// One register access: component, native library, built-in
@@ -47,6 +50,7 @@ pub(crate) fn run(bench: &Bench) -> Result<()> {
     plugins::build_command()?;
     plugins::build_bundled()?;
     match bench {
+        Bench::Blk(rounds) => blk::run(rounds.rounds),
         Bench::Boot(rounds) => boot::run(rounds.rounds),
         Bench::Exit(rounds) => exit::run(rounds.rounds),
         Bench::Start(rounds) => start::run(rounds.rounds),

@@ -11,6 +11,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender};
@@ -221,6 +222,7 @@ enum Command {
 /// The store as the host's other threads see it.
 pub(super) struct Component {
     commands: Sender<Command>,
+    thread: Option<JoinHandle<()>>,
     shared: Arc<Shared>,
 }
 
@@ -243,7 +245,7 @@ impl Component {
             }
             Err(failure) => drop(opened.send(Err(failure))),
         };
-        std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name(format!("{name}-store"))
             .stack_size(2 << 20)
             .spawn(work)
@@ -251,7 +253,7 @@ impl Component {
         let info = result.recv().unwrap_or_else(|_| {
             Err(OpenFailure::Fault("open", Fault::Trap("its thread has ended".into())))
         })?;
-        Ok((Self { commands, shared: shared.clone() }, info))
+        Ok((Self { commands, thread: Some(thread), shared: shared.clone() }, info))
     }
 
     fn ask<T>(&self, command: impl FnOnce(Sender<Result<T, String>>) -> Command) -> Result<T, String> {
@@ -261,6 +263,18 @@ impl Component {
             return gone();
         }
         receiver.recv().unwrap_or_else(|_| gone())
+    }
+}
+
+impl Drop for Component {
+    fn drop(&mut self) {
+        // Without a sender the thread ends, and with it what it holds of the lower stores: whoever opens them next finds them free.
+        self.commands = crossbeam_channel::unbounded().0;
+        if let Some(thread) = self.thread.take()
+            && thread.thread().id() != std::thread::current().id()
+        {
+            let _ = thread.join();
+        }
     }
 }
 

@@ -1,0 +1,262 @@
+//! `tenon disk`: makes, looks at, resizes, converts and checks what disks are kept in. Every store is used through its plugin, as a machine uses it.
+
+use std::fs::File;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow, bail};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use tenon_plugins::{Data, MAX_TRANSFER, OperationKind, Store};
+use tenon_store_qcow2 as qcow2;
+
+use crate::args::{DiskCommand, PluginPlaces, Size};
+use crate::disks::DiskSpec;
+use crate::plugins::Shelf;
+use crate::run::FAILED;
+use crate::say::{self, tell};
+use crate::{Usage, plugin};
+
+/// How large a new top of an overlay is: it grows.
+const EMPTY_TOP: u64 = 1 << 20;
+/// How many transfers are under way while a disk is copied or read.
+const DEPTH: u64 = 8;
+
+pub(crate) fn disk(command: &DiskCommand) -> Result<ExitCode> {
+    match command {
+        DiskCommand::Create { disk, size, backing, places } => {
+            create(disk, *size, backing.as_deref(), &shelf(places)?)?
+        }
+        DiskCommand::Info { disk, json, places } => info(disk, *json, &shelf(places)?)?,
+        DiskCommand::Resize { disk, size, places } => resize(disk, *size, &shelf(places)?)?,
+        DiskCommand::Convert { from, to, size, places } => convert(from, to, *size, &shelf(places)?)?,
+        DiskCommand::Check { disk, places } => return check(disk, &shelf(places)?),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn shelf(places: &PluginPlaces) -> Result<Shelf> {
+    Shelf::open(places, &[])
+}
+
+/// Makes the lowest store, and formats those that stand on it and want that.
+fn create(disk: &DiskSpec, size: Option<Size>, backing: Option<&Path>, shelf: &Shelf) -> Result<()> {
+    // Of an overlay it is the top that is made: the base is there.
+    let top = disk.top(shelf)?;
+    let (store, place) = top.as_ref().unwrap_or(disk).lowest(shelf)?;
+    let path = Path::new(&place);
+    let wanted = size.map(|size| size.0).or(top.is_some().then_some(EMPTY_TOP));
+    match (store.as_str(), wanted) {
+        ("file", Some(size)) => {
+            if backing.is_some() {
+                bail!(Usage(anyhow!("--backing: a plain file stands on nothing; make a qcow2 image")));
+            }
+            let file = File::options().write(true).create_new(true).open(path);
+            file.and_then(|file| file.set_len(size)).with_context(|| format!("`{place}` cannot be made"))?;
+        }
+        ("file", None) => bail!(Usage(anyhow!("--size: a new disk needs one, such as --size 10G"))),
+        ("qcow2", size) => {
+            let backing =
+                backing.map(|path| qcow2::Backing { path: path.into(), qcow2: qcow2::info(path).is_ok() });
+            let options = qcow2::CreateOptions { backing, ..qcow2::CreateOptions::default() };
+            qcow2::create(path, size, &options).with_context(|| format!("`{place}` cannot be made"))?;
+        }
+        _ => bail!(Usage(anyhow!("a `{store}` is not made by this command; `file` and `qcow2` are"))),
+    }
+    let formatted = disk.formatted(shelf).and_then(|disk| disk.open(shelf, "new").map(drop));
+    if formatted.is_err() {
+        // It was made a moment ago, by this.
+        std::fs::remove_file(path).ok();
+    }
+    formatted
+}
+
+/// What `tenon disk info --json` prints.
+#[derive(Serialize)]
+struct Info {
+    disk: String,
+    size: u64,
+    block_size: u32,
+    optimal_size: u32,
+    read_only: bool,
+    discard: bool,
+    write_zeroes: bool,
+    identity: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    image: Option<Image>,
+}
+
+/// What a qcow2 image is besides.
+#[derive(Serialize)]
+struct Image {
+    version: u32,
+    taken: u64,
+    cluster_size: u64,
+    backing: Option<String>,
+    snapshots: u32,
+}
+
+fn info(disk: &DiskSpec, json: bool, shelf: &Shelf) -> Result<()> {
+    let (lowest, place) = disk.lowest(shelf)?;
+    let image = if lowest == "qcow2" { qcow2::info(Path::new(&place)).ok() } else { None };
+    let store = disk.only_reading().open(shelf, "disk")?.store;
+    let found = store.info();
+    let info = Info {
+        disk: disk.to_string(),
+        size: found.size,
+        block_size: found.block_size,
+        optimal_size: found.optimal_size,
+        // As the disk was named, and not as it was opened to look at it.
+        read_only: disk.read_only,
+        discard: found.discard,
+        write_zeroes: found.write_zeroes,
+        identity: found.identity,
+        image: image.map(|image| Image {
+            version: image.version,
+            taken: image.taken,
+            cluster_size: image.cluster_size,
+            backing: image.backing,
+            snapshots: image.snapshots,
+        }),
+    };
+    if json {
+        return say::print(serde_json::to_string_pretty(&info)?);
+    }
+    let mut table = plugin::table();
+    let mut row = |name: &str, value: String| {
+        table.add_row([name.to_owned(), value]);
+    };
+    row("disk", info.disk);
+    row("size", format!("{} ({} bytes)", human(info.size), info.size));
+    row("blocks", format!("{} bytes; cheap in units of {}", info.block_size, info.optimal_size));
+    if !info.identity.is_empty() {
+        row("identity", info.identity);
+    }
+    if let Some(image) = info.image {
+        row("image", format!("qcow2 version {}, clusters of {} bytes", image.version, image.cluster_size));
+        row("taken", format!("{} on this host", human(image.taken)));
+        row("backing", image.backing.unwrap_or_else(|| "none".into()));
+    }
+    say::print_table(&table)
+}
+
+fn resize(disk: &DiskSpec, size: Size, shelf: &Shelf) -> Result<()> {
+    let store = disk.open(shelf, "disk")?.store;
+    let before = store.info().size;
+    if size.0 < before {
+        bail!(Usage(anyhow!(
+            "{disk} has {before} bytes and would lose its end; only growing is done here: copy it to a smaller disk with `tenon disk convert`"
+        )));
+    }
+    let after = store.resize(size.0).map_err(|error| anyhow!(error))?;
+    close(&store)?;
+    say::print(format!("{disk}: {} → {}", human(before), human(after.size)))
+}
+
+/// Copies a disk to another, which is made if it is not there.
+fn convert(from: &DiskSpec, to: &DiskSpec, size: Option<Size>, shelf: &Shelf) -> Result<()> {
+    let source = from.only_reading().open(shelf, "from")?.store;
+    let length = source.info().size;
+    let (_, place) = to.lowest(shelf)?;
+    let is_new = !Path::new(&place).exists();
+    if is_new {
+        create(to, Some(Size(size.map_or(length, |size| size.0))), None, shelf)?;
+    }
+    let copied = to.open(shelf, "to").and_then(|disk| {
+        let target = disk.store;
+        let room = target.info().size;
+        if room < length {
+            bail!("{to} has {room} bytes, and {from} {length}; make it larger (--size)");
+        }
+        each_part(&source, "copying", |parts| write_parts(&target, parts, is_new))?;
+        close(&target)
+    });
+    if copied.is_err() && is_new {
+        std::fs::remove_file(&place).ok();
+    }
+    copied?;
+    say::print(format!("{from} → {to}: {}", human(length)))
+}
+
+fn write_parts(target: &Store, parts: Vec<(u64, Vec<u8>)>, is_new: bool) -> Result<()> {
+    let operations = parts
+        .into_iter()
+        // A new disk reads as zeroes where nothing was written.
+        .filter(|(_, bytes)| !is_new || bytes.iter().any(|byte| *byte != 0))
+        .map(|(at, bytes)| (OperationKind::Write, at, bytes.len() as u64, Data::Host(bytes)))
+        .collect();
+    for (result, _) in target.run(operations) {
+        result.map_err(|error| anyhow!("writing `{}`: {error}", target.name()))?;
+    }
+    Ok(())
+}
+
+/// Reads a whole store, some parts at a time, and passes them on with their places.
+fn each_part(
+    store: &Store,
+    what: &'static str,
+    mut pass: impl FnMut(Vec<(u64, Vec<u8>)>) -> Result<()>,
+) -> Result<()> {
+    let length = store.info().size;
+    let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes}, {eta} left")?;
+    let bar = ProgressBar::new(length).with_style(style).with_message(what);
+    let mut at = 0;
+    while at < length {
+        let mut places = Vec::new();
+        while at < length && (places.len() as u64) < DEPTH {
+            let count = MAX_TRANSFER.min(length - at);
+            places.push((at, count));
+            at += count;
+        }
+        let operations = places
+            .iter()
+            .map(|(at, count)| {
+                let room = usize::try_from(*count).unwrap_or(0);
+                (OperationKind::Read, *at, *count, Data::Host(vec![0; room]))
+            })
+            .collect();
+        let mut parts = Vec::new();
+        for ((place, _), (result, bytes)) in places.into_iter().zip(store.run(operations)) {
+            result.map_err(|error| anyhow!("reading `{}` at byte {place}: {error}", store.name()))?;
+            parts.push((place, bytes));
+        }
+        pass(parts)?;
+        bar.set_position(at);
+    }
+    bar.finish_and_clear();
+    Ok(())
+}
+
+fn close(store: &Arc<Store>) -> Result<()> {
+    store.flush().map_err(|error| anyhow!("making `{}` durable: {error}", store.name()))?;
+    store.close().map_err(|error| anyhow!(error))
+}
+
+/// Checks the image's own books where there are any, and reads everything.
+fn check(disk: &DiskSpec, shelf: &Shelf) -> Result<ExitCode> {
+    let (lowest, place) = disk.lowest(shelf)?;
+    let mut is_good = true;
+    if lowest == "qcow2" {
+        let report = qcow2::check(Path::new(&place)).with_context(|| format!("`{place}`"))?;
+        for fault in &report.told {
+            tell!("tenon: {place}: {fault}");
+        }
+        is_good = report.errors == 0;
+        say::print(format!(
+            "{place}: {} clusters with data, {} errors, {} lost clusters",
+            report.data_clusters, report.errors, report.leaks
+        ))?;
+    }
+    if is_good {
+        let store = disk.only_reading().open(shelf, "disk")?.store;
+        each_part(&store, "reading", |_| Ok(()))?;
+        say::print(format!("{disk}: all {} can be read", human(store.info().size)))?;
+    }
+    Ok(if is_good { ExitCode::SUCCESS } else { ExitCode::from(FAILED) })
+}
+
+/// A number of bytes for people.
+fn human(bytes: u64) -> String {
+    indicatif::BinaryBytes(bytes).to_string()
+}

@@ -1,0 +1,196 @@
+//! Virtio devices over PCI with real drivers: a bare one in ring 3 on both engines, and those of an unmodified Debian kernel on the software engine.
+
+use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::thread;
+
+use tenon_tests::{LINUX_COMMAND_LINE, Outcome, Tenon, debian, has_kvm};
+
+/// The shell's prompt, at the beginning of a line.
+const PROMPT: &str = "\ntenon-guest:/# ";
+const MIB: usize = 1 << 20;
+
+/// Bytes that look random and are the same for the same seed.
+fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    })
+    .flatten()
+    .take(length)
+    .collect()
+}
+
+/// Debian with virtio's modules, in its shell.
+fn shell() -> Tenon {
+    Tenon::run()
+        .args(["--engine", "soft", "--cmdline", &format!("{LINUX_COMMAND_LINE} quiet"), "--kernel"])
+        .arg(debian("vmlinuz"))
+        .arg("--initrd")
+        .arg(debian("initramfs-virtio.cpio.gz"))
+}
+
+#[track_caller]
+fn powered_off(outcome: &Outcome) {
+    assert_eq!(outcome.status, 0, "{}", outcome.all());
+    assert_eq!(outcome.summary["end"], "power-off", "{}", outcome.all());
+}
+
+/// What the summary says of the first device of a plugin.
+#[track_caller]
+fn device<'o>(outcome: &'o Outcome, plugin: &str) -> &'o serde_json::Value {
+    let devices = outcome.summary["devices"].as_array().expect("devices");
+    devices
+        .iter()
+        .find(|device| device["plugin"] == plugin)
+        .unwrap_or_else(|| panic!("no {plugin}: {}", outcome.all()))
+}
+
+#[track_caller]
+fn bare_driver_verifies(engine: &str, native: bool) {
+    let tenon = Tenon::bare("blk", engine).args(["--memory", "128M"]);
+    let disk = tenon.file("disk.img", &vec![0; 4 * MIB]);
+    let mut tenon = tenon.arg("--disk").arg(format!("file:{}", disk.display()));
+    if native {
+        tenon = tenon.args(["--allow-native", "virtio-blk"]);
+    }
+    let outcome = tenon.outcome();
+    assert_eq!(outcome.status, 0, "{}", outcome.all());
+    assert!(outcome.stdout.contains("checks, 0 failed"), "{}", outcome.all());
+    let disk = device(&outcome, "virtio-blk");
+    assert_eq!(disk["virtio"]["answers"], 64 + 1 + 64 + 1, "{}", outcome.all());
+    assert_eq!(disk["form"], if native { "native" } else { "wasm" });
+}
+
+#[test]
+fn a_bare_driver_reads_back_what_it_wrote() {
+    bare_driver_verifies("soft", false);
+}
+
+#[test]
+fn a_bare_driver_reads_back_what_it_wrote_on_kvm() {
+    if has_kvm() {
+        bare_driver_verifies("kvm", false);
+    }
+}
+
+#[test]
+fn the_same_source_as_native_code_does_the_same() {
+    bare_driver_verifies("soft", true);
+}
+
+#[test]
+fn a_batch_of_ready_requests_enters_the_device_once() {
+    // One notification for 32 requests; the guest sends the next only when some have ended.
+    let tenon = Tenon::bare("blk", "soft").args(["--memory", "128M", "--disk", "null:64M"]);
+    let outcome = tenon.args(["--cmdline", "count=3200 depth=32"]).outcome();
+    assert_eq!(outcome.status, 0, "{}", outcome.all());
+    let counted = &device(&outcome, "virtio-blk")["virtio"];
+    assert_eq!(counted["requests"], 3200, "{}", outcome.all());
+    let batches = counted["batches"].as_u64().expect("a number");
+    assert!(batches < 3200, "{batches} entries for 3200 requests");
+}
+
+#[test]
+fn linux_reads_and_writes_a_disk() {
+    let tenon = shell();
+    let content = noise(1, 8 * MIB);
+    let disk = tenon.file("disk.img", &content);
+    let outcome = tenon
+        .arg("--disk")
+        .arg(format!("file:{},serial=tenon-test-1", disk.display()))
+        .typing(PROMPT, "cat /sys/block/vda/serial; head -c 1048576 /dev/vda > /tmp/a\n")
+        .typing(
+            PROMPT,
+            "dd if=/tmp/a of=/dev/vda bs=64k seek=64 conv=fsync 2> /dev/null; sha256sum /dev/vda\n",
+        )
+        .typing(PROMPT, "poweroff -f\n")
+        .outcome();
+    powered_off(&outcome);
+    assert!(outcome.stdout.contains("tenon-test-1"), "{}", outcome.all());
+    let mut expected = content.clone();
+    expected[4 * MIB..5 * MIB].copy_from_slice(&content[..MIB]);
+    assert!(std::fs::read(&disk).expect("the disk") == expected, "the file is not what the guest wrote");
+    assert_eq!(device(&outcome, "virtio-blk")["faults"], 0);
+}
+
+#[test]
+fn a_read_only_disk_stays_as_it_is() {
+    let tenon = shell();
+    let content = noise(2, MIB);
+    let disk = tenon.file("disk.img", &content);
+    let outcome = tenon
+        .arg("--cdrom")
+        .arg(&disk)
+        .typing(PROMPT, "cat /sys/block/vda/ro; echo x > /dev/vda\n")
+        .typing(PROMPT, "poweroff -f\n")
+        .outcome();
+    powered_off(&outcome);
+    assert!(outcome.stdout.contains("\n1\n"), "{}", outcome.all());
+    assert!(std::fs::read(&disk).expect("the disk") == content, "the guest wrote to it");
+}
+
+#[test]
+fn linux_finds_256_disks_and_reads_each() {
+    let tenon = shell().within(300);
+    // Each disk begins with its own name.
+    let disks: Vec<_> = (0..256)
+        .map(|n| {
+            let mut content = format!("disk-{n:03}").into_bytes();
+            content.resize(4096, b'.');
+            tenon.file(&format!("disk{n:03}.img"), &content)
+        })
+        .collect();
+    let tenon =
+        disks.iter().fold(tenon, |tenon, disk| tenon.arg("--disk").arg(format!("file:{}", disk.display())));
+    let outcome = tenon
+        .args(["--memory", "1G"])
+        .typing(PROMPT, "for d in /sys/block/vd*; do head -c 8 /dev/${d##*/}; echo; done\n")
+        .typing(PROMPT, "poweroff -f\n")
+        .outcome();
+    powered_off(&outcome);
+    let found: BTreeSet<&str> = outcome.stdout.lines().filter(|line| line.starts_with("disk-")).collect();
+    let expected: Vec<String> = (0..256).map(|n| format!("disk-{n:03}")).collect();
+    assert_eq!(found.into_iter().collect::<Vec<_>>(), expected);
+}
+
+#[test]
+fn linux_takes_entropy_from_the_host() {
+    let outcome = shell()
+        .args(["--device", "virtio-rng"])
+        .typing(PROMPT, "cat /sys/class/misc/hw_random/rng_current; head -c 64 /dev/hwrng | wc -c\n")
+        .typing(PROMPT, "poweroff -f\n")
+        .outcome();
+    powered_off(&outcome);
+    assert!(outcome.stdout.contains("virtio_rng.0\n64\n"), "{}", outcome.all());
+}
+
+#[test]
+fn linux_talks_to_the_host_through_the_user_network() {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = listener.local_addr().expect("its address").port();
+    let content = noise(3, MIB);
+    let sent = content.clone();
+    let host = thread::spawn(move || {
+        let (mut guest, _) = listener.accept().expect("the guest connects");
+        guest.write_all(&sent).expect("the guest reads");
+        guest.shutdown(std::net::Shutdown::Write).expect("the end is told");
+        let mut back = Vec::new();
+        guest.read_to_end(&mut back).expect("the guest answers");
+        back
+    });
+    let script = format!(
+        "ip link set eth0 up; ip addr add 10.0.2.15/24 dev eth0; ip route add default via 10.0.2.2; \
+         nc 10.0.2.2 {port} < /dev/null > /tmp/got; sha256sum < /tmp/got; wc -c < /tmp/got\n"
+    );
+    let outcome =
+        shell().args(["--net", "user"]).typing(PROMPT, &script).typing(PROMPT, "poweroff -f\n").outcome();
+    powered_off(&outcome);
+    assert!(outcome.stdout.contains(&format!("\n{MIB}\n")), "{}", outcome.all());
+    assert_eq!(host.join().expect("the host's side"), b"");
+    assert_eq!(device(&outcome, "virtio-net")["faults"], 0);
+}
