@@ -30,6 +30,9 @@ const DISK_TOOLS: [Tool; 4] = [
     Tool { program: "mke2fs", package: "e2fsprogs" },
     Tool { program: "ssh-keygen", package: "openssh-client" },
 ];
+/// What puts a boot loader before it.
+const BOOT_DISK_TOOLS: [Tool; 2] =
+    [Tool { program: "mformat", package: "mtools" }, Tool { program: "sfdisk", package: "fdisk" }];
 /// A C library's headers and start files have no program by which to find them.
 const LIBC: (&str, &str) = ("/usr/include/stdio.h", "libc6-dev");
 /// What plugins, bare guests, and programs of the Debian guest are compiled for.
@@ -66,6 +69,16 @@ pub(crate) fn prepare_peer() -> Result<()> {
 pub(crate) fn prepare_disk() -> Result<()> {
     let missing: Vec<&str> =
         DISK_TOOLS.iter().filter(|tool| !has_program(tool.program)).map(|tool| tool.package).collect();
+    install(&missing)
+}
+
+/// Installs what making the Debian disk that boots by itself lacks.
+///
+/// # Errors
+/// As [`prepare`].
+pub(crate) fn prepare_boot_disk() -> Result<()> {
+    let missing: Vec<&str> =
+        BOOT_DISK_TOOLS.iter().filter(|tool| !has_program(tool.program)).map(|tool| tool.package).collect();
     install(&missing)
 }
 

@@ -3,9 +3,11 @@
 //! - Debian: the kernel of the distribution's current `linux-image-cloud-amd64`, as it is and unpacked, and an initramfs of
 //!   `busybox-static` with the init script of tests/guests/linux. Kept in the user's cache, checked by digest at every use.
 //! - A whole Debian on a disk, for those chores that need it: made from packages by mmdebstrap, kept in the same cache.
+//! - The same disk with a partition table and Debian's GRUB, for machines with PC firmware.
 //! - Bare guests: the small programs of tests/guests, built into the target folder; with them, the plugins that misbehave on purpose.
 
 mod bare;
+mod boot_disk;
 mod cpio;
 mod debian;
 mod disk;
@@ -28,6 +30,9 @@ pub(crate) struct Options {
     /// Make the Debian disk as well, which takes some minutes the first time
     #[arg(long)]
     disk: bool,
+    /// Make the Debian disk that PC firmware boots as well
+    #[arg(long)]
+    boot_disk: bool,
 }
 
 /// Makes all guests and says where they are.
@@ -45,6 +50,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         for file in [image, kernel, initramfs, key] {
             println!("{}", file.display());
         }
+    }
+    if options.boot_disk {
+        println!("{}", boot_disk::make(options.refresh)?.display());
     }
     for guest in bare()? {
         println!("{}", guest.display());
