@@ -40,7 +40,7 @@ fn place(random: &mut Random) -> AsmMemoryOperand {
     match random.below(4) {
         0 => ptr(DATA_AT + offset as u32),
         1 => ebx + offset,
-        2 => esp + (DATA_AT as i32 - (STACK as i32 - 0x2000)) + offset,
+        2 => esp + (DATA_AT.cast_signed() - (STACK as i32 - 0x2000)) + offset,
         // The index is 16 at most, the base a carry past 4 GiB back.
         _ => ebx + edi * 4 - (4 * 5) + (offset / 2),
     }
@@ -254,15 +254,15 @@ fn a_segment_that_stops_being_flat_is_heeded_at_the_next_instruction() {
         a.set_label(&mut again)?;
         a.mov(ebx, 0x10)?;
         a.mov(esi, dword_ptr(ebx))?;
-        a.mov(eax, i32::from(GATE as i16))?;
+        a.mov(eax, i32::from(GATE))?;
         a.mov(ds, eax)?;
         a.mov(edi, dword_ptr(ebx))?;
-        a.mov(eax, i32::from(DATA as i16))?;
+        a.mov(eax, i32::from(DATA))?;
         a.mov(ds, eax)?;
         a.mov(edx, dword_ptr(ebx))?;
         a.dec(ecx)?;
         a.jne(again)?;
-        a.mov(eax, i32::from(GATE as i16))?;
+        a.mov(eax, i32::from(GATE))?;
         a.mov(ds, eax)?;
         a.mov(eax, dword_ptr(0x1_0000))?;
         a.hlt()

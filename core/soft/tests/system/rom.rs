@@ -39,7 +39,7 @@ fn rom(at: u64, code: &[u8], data: &[(u64, u64)]) -> Guest {
 fn a_machine_starts_in_its_rom_and_code_there_crosses_pages() {
     let code = assemble(16, 0x1_0000 - SIZE + 0xff9, |a| {
         a.mov(eax, 0x1234_5678)?;
-        a.mov(ebx, 0x9abc_def0u32 as i32)?;
+        a.mov(ebx, 0x9abc_def0u32.cast_signed())?;
         a.out(STOP, al)?;
         a.hlt()
     });

@@ -124,7 +124,7 @@ mod tests {
         let sum = |bytes: &[u8]| bytes.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte));
         let (base, tables) = &loaded[TABLES];
         let table = |address: &[u8]| {
-            let at = (u64::from_le_bytes(address.try_into().unwrap()) - base) as usize;
+            let at = usize::try_from(u64::from_le_bytes(address.try_into().unwrap()) - base).unwrap();
             tables[at..at + u32_at(tables, at + 4)].to_vec()
         };
         let root = &loaded[ROOT].1;

@@ -58,8 +58,8 @@ impl Personality for Firmware {
 /// Whether one of the image's pages begins with a volume's header.
 fn has_volume(image: &Image) -> Result<bool> {
     let (at, signature) = VOLUME_SIGNATURE;
-    for page in (0..image.size()).step_by(PAGE as usize) {
-        let header = image.read(page, VOLUME_HEADER)?;
+    for page in 0..image.size() / PAGE {
+        let header = image.read(page * PAGE, VOLUME_HEADER)?;
         if header.get(at..at + signature.len()) == Some(signature) {
             return Ok(true);
         }
