@@ -47,11 +47,7 @@ impl Personality for Firmware {
         let kind = if has_volume(&image)? { "UEFI firmware" } else { "PC firmware" };
         let mut vcpu = CpuState::real_mode(RESET_SELECTOR, RESET_OFFSET);
         vcpu.cs.base = RESET_BASE;
-        Ok(Boot {
-            summary: format!("{kind} ({})", mebibytes(size)),
-            vcpu,
-            stop: StopMethod::PowerButton,
-        })
+        Ok(Boot { summary: format!("{kind} ({})", mebibytes(size)), vcpu, stop: StopMethod::PowerButton })
     }
 }
 
