@@ -24,6 +24,8 @@ Examples:
   tenon run --kernel vmlinuz --cpus 4 --memory 2G       with four vCPUs and 2 GiB
   tenon run --kernel vmlinuz --disk file:disk.img --net user,forward=2222:22
                                                         with a disk and a network
+  tenon run --firmware --nvram file:vars.fd --disk file:debian.img
+                                                        a disk with its own boot loader
   tenon plugin new beeper --kind device                 begin a device of your own
   tenon doctor                                          what this host offers
 
@@ -94,8 +96,14 @@ pub(crate) enum OnReset {
 #[derive(Args, Debug)]
 pub(crate) struct RunArgs {
     /// The image that the personality loads as `kernel`: a bzImage, an ELF file, or what else it knows
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Guest")]
-    pub(crate) kernel: PathBuf,
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, required_unless_present = "firmware", conflicts_with = "firmware", help_heading = "Guest")]
+    pub(crate) kernel: Option<PathBuf>,
+    /// Start PC firmware, which looks for a boot loader on the disks: Debian's OVMF, or FILE. The personality is `firmware`, if none is named
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, num_args = 0..=1, help_heading = "Guest")]
+    pub(crate) firmware: Option<Option<PathBuf>>,
+    /// Where the firmware's variables are kept: a store and its place, such as `file:vars.fd`. A blank one is given the firmware's own first variables; without it they are forgotten
+    #[arg(long, value_name = "STORE:PLACE[,KEY=VALUE…]", help_heading = "Guest")]
+    pub(crate) nvram: Option<DiskSpec>,
     /// The initial RAM disk
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Guest")]
     pub(crate) initrd: Option<PathBuf>,
@@ -103,7 +111,13 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "TEXT", help_heading = "Guest")]
     pub(crate) cmdline: Option<String>,
     /// The plugin that understands the image, with its options: `linux`, or `flat,mode=real`
-    #[arg(long, value_name = "ID[,KEY=VALUE…]", default_value = "linux", help_heading = "Guest")]
+    #[arg(
+        long,
+        value_name = "ID[,KEY=VALUE…]",
+        default_value = "linux",
+        default_value_if("firmware", clap::builder::ArgPredicate::IsPresent, "firmware"),
+        help_heading = "Guest"
+    )]
     pub(crate) personality: PluginSpec,
 
     /// What runs the guest

@@ -7,6 +7,7 @@ mod disk_command;
 mod disks;
 mod doctor;
 mod engine;
+mod firmware;
 mod guest;
 mod places;
 mod plugin;

@@ -20,6 +20,7 @@ use tenon_plugins::MachineParts;
 use crate::args::{ClockChoice, ConsoleChoice, CpuChoice, OnReset, PluginSpec, RunArgs};
 use crate::console::{Ask, Console};
 use crate::devices::{Attached, Devices, Sockets};
+use crate::firmware::Firmware;
 use crate::guest::{Guest, open_image};
 use crate::plugins::{PluginSummary, Shelf};
 use crate::say::tell;
@@ -84,7 +85,10 @@ pub(crate) fn run(args: &RunArgs, process_start: Instant) -> Result<ExitCode> {
     if args.console == ConsoleChoice::Stdio && terminal::is_there() {
         terminal::guard().context("catching the signals that would leave the terminal raw")?;
     }
-    let mut images = vec![open_image("kernel", &args.kernel)?];
+    let mut images = Vec::new();
+    if let Some(path) = &args.kernel {
+        images.push(open_image("kernel", path)?);
+    }
     if let Some(path) = &args.initrd {
         images.push(open_image("initrd", path)?);
     }
@@ -101,8 +105,16 @@ pub(crate) fn run(args: &RunArgs, process_start: Instant) -> Result<ExitCode> {
         personality.set_cmdline(text)?;
     }
 
+    let firmware = Firmware::open(args, &shelf)?;
+    if let Some(firmware) = &firmware {
+        images.push(open_image("firmware", &firmware.path)?);
+    }
+
     let choice = engine::choose(args.engine, args.clock)?;
-    let ram = Ram::new(args.memory.0).map_err(|error| Usage(anyhow!("--memory: {error}")))?;
+    let ram = match &firmware {
+        Some(firmware) => firmware.ram(args.memory.0)?,
+        None => Ram::new(args.memory.0).map_err(|error| Usage(anyhow!("--memory: {error}")))?,
+    };
     let clock = match args.clock {
         ClockChoice::Real => Clock::real().context("starting the machine's clock")?,
         ClockChoice::Icount => Clock::virtual_time(),
@@ -132,6 +144,9 @@ pub(crate) fn run(args: &RunArgs, process_start: Instant) -> Result<ExitCode> {
     let power = Arc::new(PowerRegisters::new(parts.requests.clone(), line));
     let _power = pio.claim("power", POWER_PORT.into(), POWER_PORTS.into(), power.clone())?;
     let pci = pci(args, &parts, &ram, &power, &vm)?;
+    if firmware.is_some() {
+        Firmware::show_board(&pci)?;
+    }
     let sockets = Sockets { parts: parts.clone(), pci: pci.clone(), ram: ram.clone() };
     let mut devices = Devices::new(&shelf, sockets);
     devices.attach_all(args)?;
@@ -144,6 +159,7 @@ pub(crate) fn run(args: &RunArgs, process_start: Instant) -> Result<ExitCode> {
         devices: devices.iter().filter_map(Attached::acpi_node).collect(),
         pci_buses: pci.buses(),
     };
+    let chips = firmware.map(|firmware| firmware.add_chips(&parts, &ram, &platform)).transpose()?;
     let guest = Guest { ram: ram.clone(), platform, personality, images };
     let boot = guest.load()?;
     tracing::info!(guest = boot.summary, engine = choice.engine.name(), why = choice.why, "loaded");
@@ -151,6 +167,9 @@ pub(crate) fn run(args: &RunArgs, process_start: Instant) -> Result<ExitCode> {
     let machine = Machine::new(vm, args.cpus.into(), clock.clone(), parts.requests.clone())?;
     machine.set_vcpu(0, &boot.vcpu)?;
     machine.add_device(power.clone());
+    if let Some(chips) = &chips {
+        Firmware::join(chips, &machine);
+    }
     devices.iter().for_each(|device| machine.add_device(device.lifecycle()));
     // After its devices: they are reset before their slots are.
     machine.add_device(pci);
@@ -238,7 +257,7 @@ fn pci(
     vm: &Arc<dyn Vm>,
 ) -> Result<Arc<Pci>> {
     // One slot of the first bus is the host bridge's.
-    let buses = (devices::most_slots(args) + 1).div_ceil(SLOTS.into());
+    let buses = (devices::most_slots(args) + 1 + usize::from(args.firmware.is_some())).div_ceil(SLOTS.into());
     let parts = PciParts {
         ram: ram.clone(),
         pio: parts.pio.clone(),

@@ -36,7 +36,8 @@ fn firmware_without_a_volume_is_entered_too() {
 
 #[test]
 fn what_cannot_be_firmware_is_refused() {
-    for image in [Vec::new(), image(0x1001), image((16 << 20) + 0x1000), vec![0xff; 0x1000], vec![0; 0x2000]] {
+    for image in [Vec::new(), image(0x1001), image((16 << 20) + 0x1000), vec![0xff; 0x1000], vec![0; 0x2000]]
+    {
         assert!(matches!(bench(image).load::<Firmware>(), Err(Error::NotMine(_))));
     }
     let kernel = LoadBench::new(16 << 20).image("kernel", image(0x1000));
