@@ -3,9 +3,11 @@
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::TcpListener;
+use std::path::PathBuf;
 use std::thread;
 
-use tenon_tests::{LINUX_COMMAND_LINE, Outcome, Tenon, debian, has_kvm};
+use tempfile::TempDir;
+use tenon_tests::{LINUX_COMMAND_LINE, Outcome, Tenon, bare, debian, has_kvm};
 
 /// The shell's prompt, at the beginning of a line.
 const PROMPT: &str = "\ntenon-guest:/# ";
@@ -32,6 +34,14 @@ fn shell() -> Tenon {
         .arg(debian("vmlinuz"))
         .arg("--initrd")
         .arg(debian("initramfs-virtio.cpio.gz"))
+}
+
+/// A file with this content, that is still there when the machine has ended.
+fn disk(content: &[u8]) -> (TempDir, PathBuf) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("disk.img");
+    std::fs::write(&path, content).expect("a file");
+    (folder, path)
 }
 
 #[track_caller]
@@ -86,8 +96,11 @@ fn the_same_source_as_native_code_does_the_same() {
 #[test]
 fn a_batch_of_ready_requests_enters_the_device_once() {
     // One notification for 32 requests; the guest sends the next only when some have ended.
-    let tenon = Tenon::bare("blk", "soft").args(["--memory", "128M", "--disk", "null:64M"]);
-    let outcome = tenon.args(["--cmdline", "count=3200 depth=32"]).outcome();
+    let outcome = Tenon::run()
+        .args(["--engine", "soft", "--device", "exit", "--memory", "128M", "--disk", "null:64M"])
+        .args(["--cmdline", "count=3200 depth=32", "--kernel"])
+        .arg(bare("blk"))
+        .outcome();
     assert_eq!(outcome.status, 0, "{}", outcome.all());
     let counted = &device(&outcome, "virtio-blk")["virtio"];
     assert_eq!(counted["requests"], 3200, "{}", outcome.all());
@@ -97,13 +110,12 @@ fn a_batch_of_ready_requests_enters_the_device_once() {
 
 #[test]
 fn linux_reads_and_writes_a_disk() {
-    let tenon = shell();
     let content = noise(1, 8 * MIB);
-    let disk = tenon.file("disk.img", &content);
-    let outcome = tenon
+    let (_folder, disk) = disk(&content);
+    let outcome = shell()
         .arg("--disk")
         .arg(format!("file:{},serial=tenon-test-1", disk.display()))
-        .typing(PROMPT, "cat /sys/block/vda/serial; head -c 1048576 /dev/vda > /tmp/a\n")
+        .typing(PROMPT, "cat /sys/block/vda/serial; echo; head -c 1048576 /dev/vda > /tmp/a\n")
         .typing(
             PROMPT,
             "dd if=/tmp/a of=/dev/vda bs=64k seek=64 conv=fsync 2> /dev/null; sha256sum /dev/vda\n",
@@ -120,10 +132,9 @@ fn linux_reads_and_writes_a_disk() {
 
 #[test]
 fn a_read_only_disk_stays_as_it_is() {
-    let tenon = shell();
     let content = noise(2, MIB);
-    let disk = tenon.file("disk.img", &content);
-    let outcome = tenon
+    let (_folder, disk) = disk(&content);
+    let outcome = shell()
         .arg("--cdrom")
         .arg(&disk)
         .typing(PROMPT, "cat /sys/block/vda/ro; echo x > /dev/vda\n")

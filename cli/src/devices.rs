@@ -15,6 +15,7 @@ use tenon_plugins::{
 
 use crate::Usage;
 use crate::args::{PluginSpec, RunArgs};
+use crate::disks::DISK;
 use crate::plugins::{PluginSummary, Shelf, summary};
 
 /// The name of the channel that is the guest's console.
@@ -75,6 +76,15 @@ pub(crate) fn named(args: &RunArgs) -> Vec<PluginSpec> {
         .filter(|id| !args.no_default_devices && !args.devices.iter().any(|spec| spec.plugin == **id))
         .map(|id| PluginSpec { plugin: id.to_owned(), settings: Vec::new() });
     defaults.chain(args.devices.iter().cloned()).collect()
+}
+
+/// Whether the command line names this plugin as a device or store, or names something that takes it.
+pub(crate) fn names_plugin(args: &RunArgs, id: &str) -> bool {
+    let has_disk = !(args.disks.is_empty() && args.cdroms.is_empty());
+    named(args).iter().any(|spec| spec.plugin == id)
+        || args.disks.iter().any(|disk| disk.stores().any(|store| store == id))
+        || id == DISK && has_disk
+        || id == NETWORK && !args.networks.is_empty()
 }
 
 /// How many devices may want a PCI slot.

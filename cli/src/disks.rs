@@ -34,7 +34,7 @@ const FROM_FILE: &str = "-file";
 /// The longest such file.
 const LONGEST_FILE: u64 = 4096;
 /// The plugin that shows a store to the guest as a disk.
-const DISK: &str = "virtio-blk";
+pub(crate) const DISK: &str = "virtio-blk";
 /// How many stores may stand on one another.
 const DEEPEST: usize = 8;
 
@@ -128,6 +128,11 @@ pub(crate) struct Disk {
 }
 
 impl DiskSpec {
+    /// What may be ids of stores in the chain; the last may be a part of the place.
+    pub(crate) fn stores(&self) -> impl Iterator<Item = &str> {
+        self.chain.split(':')
+    }
+
     /// Opens the stores, from the lowest up, under `name`.
     pub(crate) fn open(&self, shelf: &Shelf, name: &str) -> Result<Disk> {
         let (mut layers, mut device) = self.layers(shelf)?;

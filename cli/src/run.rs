@@ -17,7 +17,7 @@ use tenon_platform::{
 };
 use tenon_plugins::MachineParts;
 
-use crate::args::{ClockChoice, ConsoleChoice, CpuChoice, OnReset, PluginSpec, RunArgs};
+use crate::args::{ClockChoice, ConsoleChoice, CpuChoice, OnReset, RunArgs};
 use crate::console::{Ask, Console};
 use crate::devices::{Attached, Devices, Sockets};
 use crate::firmware::Firmware;
@@ -398,8 +398,7 @@ fn watch_signals() -> Result<Receiver<i32>> {
 /// The usage errors that only show when options are taken together.
 pub(crate) fn check(args: &RunArgs) -> Result<()> {
     for id in &args.allow_native {
-        let named = |spec: &PluginSpec| spec.plugin == *id;
-        if !devices::named(args).iter().any(named) && !named(&args.personality) {
+        if !devices::names_plugin(args, id) && args.personality.plugin != *id {
             bail!(Usage(anyhow!("--allow-native {id}: this machine has no plugin `{id}`")));
         }
     }
