@@ -25,6 +25,8 @@ const LOWER: &str = "lower-stores";
 const READ_ONLY_STORE: &str = "readonly";
 /// The setting by which a disk is.
 const READ_ONLY_DISK: &str = "read-only";
+/// The store that writes nothing to the one it stands on.
+const OVERLAY: &str = "overlay";
 /// `top=STORE:PLACE` is the second store that a store stands on: where an overlay keeps what is changed.
 const TOP: &str = "top";
 /// The setting by which a store is made on a blank one.
@@ -248,10 +250,16 @@ impl DiskSpec {
             };
             layer.settings.push(setting);
         }
-        if self.read_only {
-            for layer in layers.iter_mut().filter(|layer| layer.has(READ_ONLY_STORE)) {
+        // Nothing is written under an overlay, so that many machines may share it.
+        let mut read_only = self.read_only;
+        for layer in &mut layers {
+            if read_only
+                && layer.has(READ_ONLY_STORE)
+                && !layer.settings.iter().any(|(key, _)| key == READ_ONLY_STORE)
+            {
                 layer.settings.push((READ_ONLY_STORE.into(), "yes".into()));
             }
+            read_only |= layer.id() == OVERLAY;
         }
         for layer in &layers {
             layer.plugin.manifest().settings(&layer.settings).map_err(|error| wrong(error.to_string()))?;

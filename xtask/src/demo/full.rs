@@ -17,6 +17,8 @@ use crate::{guests, host, plugins, tree};
 const LOGIN: &[u8] = b"login:";
 /// How long the system may take until then.
 const PATIENCE: Duration = Duration::from_secs(300);
+/// How long its network and sshd may take after that.
+const SSH_PATIENCE: Duration = Duration::from_secs(120);
 /// What the guest writes, and must not be found in the image.
 const MARK: &str = "the quick brown fox jumps over the encrypted dog";
 /// What is done in the guest, on the disk that is encrypted.
@@ -94,6 +96,14 @@ fn drive(guest: &mut Child, key: &Path, port: u16, started: Instant) -> Result<f
     let reader = std::thread::spawn(move || show(console, &sender));
     receiver.recv_timeout(PATIENCE).context("Debian did not reach its login")?;
     let login_after = started.elapsed().as_secs_f64();
+    // The login comes before the network is configured.
+    let reached = Instant::now();
+    while !ssh(key, port).arg("true").stderr(Stdio::null()).status()?.success() {
+        if reached.elapsed() > SSH_PATIENCE {
+            bail!("Debian's sshd does not let the key in, {} s after the login", SSH_PATIENCE.as_secs());
+        }
+        std::thread::sleep(Duration::from_secs(1));
+    }
     let said = capture(ssh(key, port).arg(format!("MARK='{MARK}'; {WORK}")))?;
     print!("{said}");
     // The connection may end before the command does.
@@ -130,7 +140,6 @@ fn show(console: ChildStdout, login: &std::sync::mpsc::Sender<()>) -> Result<()>
 fn ssh(key: &Path, port: u16) -> Command {
     let mut ssh = command("ssh");
     ssh.args([
-        "-q",
         "-o",
         "StrictHostKeyChecking=no",
         "-o",

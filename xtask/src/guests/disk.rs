@@ -129,7 +129,10 @@ fn build(folder: &Path, disk: &Disk) -> Result<()> {
     let script = "set -e; mkdir \"$1/tree\"; tar -xf \"$1/root.tar\" --exclude='./dev/*' -C \"$1/tree\"; \
                   truncate -s \"$2\" \"$1/root.img\"; mke2fs -q -t ext4 -L tenon-root -d \"$1/tree\" \"$1/root.img\"; rm -rf \"$1/tree\"";
     run(command("fakeroot").args(["sh", "-c", script, "sh"]).arg(scratch.path()).arg(SIZE))?;
+    // ssh offers the public key that lies beside the private one.
+    let public = disk.key.with_extension("pub");
     for (part, file) in [
+        ("key.pub", &public),
         ("root.img", &disk.image),
         ("vmlinuz", &disk.kernel),
         ("initrd.img", &disk.initramfs),
