@@ -93,6 +93,22 @@ fn the_same_source_as_native_code_does_the_same() {
     bare_driver_verifies("soft", true);
 }
 
+#[track_caller]
+fn sends_messages(engine: &str) -> String {
+    let outcome = Tenon::bare("msi", engine).args(["--disk", "memory:1M"]).outcome();
+    assert_eq!(outcome.status, 0, "{engine}: {}", outcome.all());
+    assert!(outcome.stdout.contains("5 checks, 0 failed"), "{engine}: {}", outcome.all());
+    outcome.stdout
+}
+
+#[test]
+fn message_signalled_interrupts_arrive_and_can_be_masked() {
+    let soft = sends_messages("soft");
+    if has_kvm() {
+        assert_eq!(sends_messages("kvm"), soft);
+    }
+}
+
 #[test]
 fn a_batch_of_ready_requests_enters_the_device_once() {
     // One notification for 32 requests; the guest sends the next only when some have ended.

@@ -12,6 +12,11 @@ const VENDOR: u32 = 0x1af4;
 const FIRST_ID: u32 = 0x1040;
 const CAP_POINTER: u8 = 0x34;
 const CAP_VENDOR: u32 = 9;
+const CAP_MSIX: u32 = 0x11;
+/// In the first word of the MSI-X capability: on.
+const MSIX_ENABLE: u32 = 1 << 31;
+/// Where a message to the local APIC with id 0 goes (Intel SDM vol. 3 §11.11).
+const MESSAGES: u32 = 0xfee0_0000;
 const COMMAND: u8 = 4;
 const MEMORY_AND_BUS_MASTER: u32 = 6;
 const BAR0: u8 = 0x10;
@@ -84,6 +89,8 @@ pub struct Device {
     common: u64,
     notify: u64,
     config: u64,
+    /// The first entry of the MSI-X table, if it interrupts.
+    msix: Option<u64>,
     /// Available entries that were made so far.
     made: u16,
     /// Used entries that were taken so far.
@@ -93,13 +100,18 @@ pub struct Device {
 impl Device {
     /// Finds the first device of this type on bus 0 and brings it up with `features` of the first 32 (those that it offers). None if there is none, or it refuses.
     pub fn begin(kind: u32, features: u32) -> Option<Self> {
+        Self::begin_with(kind, features, None)
+    }
+
+    /// As [`Device::begin`], and has the device send `vector` by MSI-X to vCPU 0 when it has answered.
+    pub fn begin_with(kind: u32, features: u32, vector: Option<u8>) -> Option<Self> {
         let slot = (1..32).find(|slot| config_read(*slot, 0) == VENDOR | (FIRST_ID + kind) << 16)?;
         let base = WINDOW + u64::from(slot) * 0x1_0000;
         config_write(slot, COMMAND, 0);
         config_write(slot, BAR0, base as u32);
         config_write(slot, BAR0 + 4, 0);
         config_write(slot, COMMAND, MEMORY_AND_BUS_MASTER);
-        let (mut common, mut notify, mut config) = (0, 0, 0);
+        let (mut common, mut notify, mut config, mut msix) = (0, 0, 0, None);
         let mut at = config_read(slot, CAP_POINTER) as u8;
         while at != 0 {
             let head = config_read(slot, at);
@@ -112,9 +124,22 @@ impl Device {
                     _ => {}
                 }
             }
+            if head & 0xff == CAP_MSIX
+                && let Some(vector) = vector
+            {
+                let table = base + u64::from(config_read(slot, at + 4) & !7);
+                // SAFETY: the table's first entry: address, data, not masked.
+                unsafe {
+                    for (offset, word) in [(0, MESSAGES), (4, 0), (8, u32::from(vector)), (12, 0)] {
+                        ((table + offset) as *mut u32).write_volatile(word);
+                    }
+                }
+                config_write(slot, at, head | MSIX_ENABLE);
+                msix = Some(table);
+            }
             at = (head >> 8) as u8;
         }
-        let mut device = Self { common, notify, config, made: 0, taken: 0 };
+        let mut device = Self { common, notify, config, msix, made: 0, taken: 0 };
         device.bring_up(features).then_some(device)
     }
 
@@ -145,9 +170,15 @@ impl Device {
                 ((self.common + register) as *mut u32).write_volatile(place as u32);
                 ((self.common + register + 4) as *mut u32).write_volatile((place >> 32) as u32);
             }
+            if self.msix.is_some() {
+                ((self.common + 0x1a) as *mut u16).write_volatile(0);
+                if ((self.common + 0x1a) as *const u16).read_volatile() != 0 {
+                    return false;
+                }
+            }
             ((self.common + 0x1c) as *mut u16).write_volatile(1);
-            // No interrupts: this driver polls.
-            (*ring).available[0] = 1;
+            // Without MSI-X this driver polls, and wants no interrupts.
+            (*ring).available[0] = u16::from(self.msix.is_none());
         }
         self.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
         true
@@ -161,6 +192,14 @@ impl Device {
     fn set_status(&self, status: u8) {
         // SAFETY: the status register.
         unsafe { ((self.common + 0x14) as *mut u8).write_volatile(status) };
+    }
+
+    /// Masks the device's vector, or lets it through again.
+    pub fn mask(&self, masked: bool) {
+        if let Some(table) = self.msix {
+            // SAFETY: the entry's vector control.
+            unsafe { ((table + 12) as *mut u32).write_volatile(masked.into()) };
+        }
     }
 
     /// Eight bytes of the configuration space.
