@@ -16,6 +16,7 @@ mod run;
 mod say;
 mod terminal;
 mod trial;
+mod trial_store;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;

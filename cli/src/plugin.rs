@@ -274,7 +274,7 @@ fn test(dir: &Path) -> Result<()> {
         built.version,
         words(&built.permissions)
     ))?;
-    for line in trial::run(&plugin)? {
+    for line in trial::run(&plugin, &shelf.load("memory")?)? {
         print(format_args!("{}: {line}", built.id))?;
     }
     print(format_args!("{}: passed", built.id))
