@@ -108,10 +108,13 @@ pub(super) fn run(rounds: u32) -> Result<()> {
 fn patterns() -> Vec<Pattern> {
     let mut patterns = Vec::new();
     for write in [false, true] {
-        for (size, random, count) in [(4096, true, 20_000), (1 << 20, false, 500)] {
-            for depth in [1, 32] {
-                patterns.push(Pattern { write, size, random, depth, count });
-            }
+        for (size, random, depth, count) in [
+            (4096, true, 1, 40_000),
+            (4096, true, 32, 200_000),
+            (1 << 20, false, 1, 1000),
+            (1 << 20, false, 32, 1000),
+        ] {
+            patterns.push(Pattern { write, size, random, depth, count });
         }
     }
     patterns
