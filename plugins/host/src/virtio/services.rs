@@ -2,6 +2,8 @@
 //!
 //! All of it runs under the instance's lock, and nothing here waits or reaches the transport: operations, answers and news for the driver are collected, and
 //! the worker passes them on when the call into the plugin has returned and the lock is free.
+//!
+//! Long for the imports: each is short, and all work on the same requests.
 
 use std::sync::Arc;
 

@@ -1,4 +1,6 @@
 //! The worker and the keeper, with a device that does what the test says, a queue without rings, and a store whose operations end when the test says.
+//!
+//! Long for the driver and the device that the tests share.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU32, Ordering};

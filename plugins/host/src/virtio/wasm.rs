@@ -1,4 +1,6 @@
 //! A virtio device that is a WASM component: one store with one instance.
+//!
+//! Long for the bindings: every import and export of the contract once.
 
 use std::time::Duration;
 

@@ -1,4 +1,6 @@
 //! What was opened: a regular file or a block device, checked, locked and measured; and what the two do differently.
+//!
+//! Long for the kinds of files and of transfers that it tells apart.
 #![allow(unsafe_code, reason = "system calls that the standard library does not have")]
 
 use std::fs::{self, File, OpenOptions};

@@ -1,4 +1,6 @@
 //! The store on the bench, with a server that the test plays: what it asks for, and what it makes of every answer.
+//!
+//! Long for the servers that it plays.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::cell::RefCell;

@@ -10,6 +10,8 @@
 //! A new cluster is written first, and named by the table later: a flush makes the data durable, with a [header] that says up to where clusters are in use, then writes the entries that
 //! were changed, then makes these durable. Whatever happens in between, the table names no cluster whose data is not there, and none that could be given away again. A cluster
 //! that was zeroed is used again only after two flushes; which are free is not remembered beyond closing, and their space not found again.
+//!
+//! Long for its one story: where a cluster is, how it gets there, and in which order that becomes durable.
 
 mod batch;
 pub mod header;

@@ -1,4 +1,6 @@
 //! Copies on the bench: what they hold, what is left when power goes, and what they make of damage.
+//!
+//! Long for the number of things that a crash may cut short.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use tenon_sdk::store::{Error, Operation, StoreError, StoreInfo};
