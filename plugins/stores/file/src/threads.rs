@@ -7,13 +7,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
+/// The most threads.
+const THREADS: usize = 8;
+
 /// What the threads do.
 pub(crate) trait Work: Send + Sync + 'static {
     /// One piece of it.
     type Task: Send + 'static;
-    /// The most threads.
-    const THREADS: usize = 8;
-
     /// Does it, to its end; sooner if it takes long and `stop` becomes true.
     fn carry_out(&self, task: Self::Task, stop: &AtomicBool);
 }
@@ -50,7 +50,7 @@ impl<W: Work> Threads<W> {
     pub(crate) fn submit(&self, tasks: impl IntoIterator<Item = W::Task>) {
         let mut queue = self.0.lock();
         queue.tasks.extend(tasks);
-        while queue.idle < queue.tasks.len() && queue.threads.len() < W::THREADS {
+        while queue.idle < queue.tasks.len() && queue.threads.len() < THREADS {
             let shared = self.0.clone();
             match std::thread::Builder::new().name("store-io".into()).spawn(move || shared.run()) {
                 Ok(thread) => queue.threads.push(thread),

@@ -38,7 +38,7 @@ pub(crate) struct Mode {
 pub(crate) struct Image {
     pub(crate) header: Header,
     pub(crate) writable: bool,
-    /// Held for writing by what changes where data is: nobody may read or write meanwhile. `None` while it is dropped.
+    /// Held for writing by what zeroes, or changes where data is: nobody may read or write meanwhile. `None` while it is dropped.
     access: RwLock<Option<Access>>,
     /// Something panicked.
     broken: AtomicBool,
@@ -116,7 +116,9 @@ impl Image {
         let done = if unmap {
             self.give_back(position, length, Access::discard_to_zero)
         } else {
-            self.with(|access| access.write_zeroes(position, length))
+            // Alone: of a cluster that is zeroed in part, `imago` looks whether the rest reads as zeroes, and then maps all of it to
+            // zeroes; what was written to the rest in between would be lost.
+            self.with_all(|access| access.write_zeroes(position, length))
         };
         match done {
             // Version 2 has no clusters of zeroes.

@@ -158,8 +158,6 @@ struct Task {
 unsafe impl Send for Task {}
 
 impl Work for Worker {
-    /// Operations that run side by side were once seen to read other bytes than were written.
-    const THREADS: usize = 1;
     type Task = Task;
 
     fn carry_out(&self, task: Task, stop: &AtomicBool) {
