@@ -13,42 +13,10 @@ use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, tcgetattr};
 use tempfile::TempDir;
-use tenon_tests::{Tenon, bare, bundled, debian};
+use tenon_tests::{Tenon, bare, bundled, debian, outcome, program, refused, tenon};
 
 /// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(120);
-
-/// The program.
-fn program() -> PathBuf {
-    bundled("exit").ancestors().nth(2).expect("the folder of the plugins").join("tenon")
-}
-
-/// `tenon` with these words; killed if it does not end.
-fn tenon(words: &[&str]) -> Command {
-    let mut command = Command::new("timeout");
-    command.args(["--signal=KILL", "120"]).arg(program()).args(words).stdin(Stdio::null());
-    command
-}
-
-/// Runs a command, and gives its status and what it printed.
-fn outcome(command: &mut Command) -> (i32, String, String) {
-    let output = command.output().expect("the command starts");
-    let status = output.status.code().unwrap_or_else(|| 128 + output.status.signal().unwrap_or(0));
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    (status, text(&output.stdout), text(&output.stderr))
-}
-
-/// Checks that these words are refused with this status, and with an error that has all of `named`. Gives the error.
-#[track_caller]
-fn refused(words: &[&str], status: i32, named: &[&str]) -> String {
-    let (found, _, error) = outcome(&mut tenon(words));
-    assert_eq!(found, status, "{words:?}: {error}");
-    for name in named {
-        assert!(error.contains(name), "{words:?}: `{name}` is not in: {error}");
-    }
-    assert!(!error.contains("panicked"), "{error}");
-    error
-}
 
 /// A folder with a FIFO whose other end nobody opens.
 fn fifo() -> (TempDir, PathBuf) {

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::thread;
 
 use tempfile::TempDir;
-use tenon_tests::{LINUX_COMMAND_LINE, Outcome, Tenon, bare, debian, has_kvm};
+use tenon_tests::{LINUX_COMMAND_LINE, Outcome, Tenon, debian, has_kvm};
 
 /// The shell's prompt, at the beginning of a line.
 const PROMPT: &str = "\ntenon-guest:/# ";
@@ -73,6 +73,8 @@ fn bare_driver_verifies(engine: &str, native: bool) {
     assert!(outcome.stdout.contains("checks, 0 failed"), "{}", outcome.all());
     let disk = device(&outcome, "virtio-blk");
     assert_eq!(disk["virtio"]["answers"], 64 + 1 + 64 + 1, "{}", outcome.all());
+    // 32 reads that are ready together are one entry.
+    assert_eq!(disk["virtio"]["batches"], 64 + 1 + 2 + 1, "{}", outcome.all());
     assert_eq!(disk["form"], if native { "native" } else { "wasm" });
 }
 
@@ -110,21 +112,6 @@ fn message_signalled_interrupts_arrive_and_can_be_masked() {
 }
 
 #[test]
-fn a_batch_of_ready_requests_enters_the_device_once() {
-    // One notification for 32 requests; the guest sends the next only when some have ended.
-    let outcome = Tenon::run()
-        .args(["--engine", "soft", "--device", "exit", "--memory", "128M", "--disk", "null:64M"])
-        .args(["--cmdline", "count=3200 depth=32", "--kernel"])
-        .arg(bare("blk"))
-        .outcome();
-    assert_eq!(outcome.status, 0, "{}", outcome.all());
-    let counted = &device(&outcome, "virtio-blk")["virtio"];
-    assert_eq!(counted["requests"], 3200, "{}", outcome.all());
-    let batches = counted["batches"].as_u64().expect("a number");
-    assert!(batches < 3200, "{batches} entries for 3200 requests");
-}
-
-#[test]
 fn linux_reads_and_writes_a_disk() {
     let content = noise(1, 8 * MIB);
     let (_folder, disk) = disk(&content);
@@ -132,10 +119,7 @@ fn linux_reads_and_writes_a_disk() {
         .arg("--disk")
         .arg(format!("file:{},serial=tenon-test-1", disk.display()))
         .typing(PROMPT, "cat /sys/block/vda/serial; echo; head -c 1048576 /dev/vda > /tmp/a\n")
-        .typing(
-            PROMPT,
-            "dd if=/tmp/a of=/dev/vda bs=64k seek=64 conv=fsync 2> /dev/null; sha256sum /dev/vda\n",
-        )
+        .typing(PROMPT, "dd if=/tmp/a of=/dev/vda bs=64k seek=64 conv=fsync 2> /dev/null\n")
         .typing(PROMPT, "poweroff -f\n")
         .outcome();
     powered_off(&outcome);
@@ -205,19 +189,19 @@ fn linux_talks_to_the_host_through_the_user_network() {
     let host = thread::spawn(move || {
         let (mut guest, _) = listener.accept().expect("the guest connects");
         guest.write_all(&sent).expect("the guest reads");
-        guest.shutdown(std::net::Shutdown::Write).expect("the end is told");
+        drop(guest);
+        let (mut guest, _) = listener.accept().expect("the guest connects again");
         let mut back = Vec::new();
-        guest.read_to_end(&mut back).expect("the guest answers");
+        guest.read_to_end(&mut back).expect("the guest sends");
         back
     });
     let script = format!(
         "ip link set eth0 up; ip addr add 10.0.2.15/24 dev eth0; ip route add default via 10.0.2.2; \
-         nc 10.0.2.2 {port} < /dev/null > /tmp/got; sha256sum < /tmp/got; wc -c < /tmp/got\n"
+         nc 10.0.2.2 {port} < /dev/null > /tmp/got; nc 10.0.2.2 {port} < /tmp/got\n"
     );
     let outcome =
         shell().args(["--net", "user"]).typing(PROMPT, &script).typing(PROMPT, "poweroff -f\n").outcome();
     powered_off(&outcome);
-    assert!(outcome.stdout.contains(&format!("\n{MIB}\n")), "{}", outcome.all());
-    assert_eq!(host.join().expect("the host's side"), b"");
+    assert!(host.join().expect("the host's side") == content, "other bytes came back");
     assert_eq!(device(&outcome, "virtio-net")["faults"], 0);
 }

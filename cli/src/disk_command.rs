@@ -79,9 +79,6 @@ struct Info {
     size: u64,
     block_size: u32,
     optimal_size: u32,
-    read_only: bool,
-    discard: bool,
-    write_zeroes: bool,
     identity: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     image: Option<Image>,
@@ -107,10 +104,6 @@ fn info(disk: &DiskSpec, json: bool, shelf: &Shelf) -> Result<()> {
         size: found.size,
         block_size: found.block_size,
         optimal_size: found.optimal_size,
-        // As the disk was named, and not as it was opened to look at it.
-        read_only: disk.read_only,
-        discard: found.discard,
-        write_zeroes: found.write_zeroes,
         identity: found.identity,
         image: image.map(|image| Image {
             version: image.version,
@@ -164,12 +157,20 @@ fn convert(from: &DiskSpec, to: &DiskSpec, size: Option<Size>, shelf: &Shelf) ->
         create(to, Some(Size(size.map_or(length, |size| size.0))), None, shelf)?;
     }
     let copied = to.open(shelf, "to").and_then(|disk| {
-        let target = disk.store;
-        let room = target.info().size;
+        let mut target = disk.store;
+        let mut room = target.info().size;
+        if is_new && size.is_none() && room < length {
+            // A store on the way keeps books of its own.
+            drop(target);
+            std::fs::remove_file(&place)?;
+            create(to, Some(Size(length + (length - room))), None, shelf)?;
+            target = to.open(shelf, "to")?.store;
+            room = target.info().size;
+        }
         if room < length {
             bail!("{to} has {room} bytes, and {from} {length}; make it larger (--size)");
         }
-        each_part(&source, "copying", |parts| write_parts(&target, parts, is_new))?;
+        each_part(&source, "copying", |parts| write_parts(&target, parts))?;
         close(&target)
     });
     if copied.is_err() && is_new {
@@ -179,12 +180,20 @@ fn convert(from: &DiskSpec, to: &DiskSpec, size: Option<Size>, shelf: &Shelf) ->
     say::print(format!("{from} → {to}: {}", human(length)))
 }
 
-fn write_parts(target: &Store, parts: Vec<(u64, Vec<u8>)>, is_new: bool) -> Result<()> {
+/// Writes parts; one that is all zeroes as that, which many stores keep without space. It is never left out: where nothing was written, what
+/// decrypts a store gives anything but zeroes.
+fn write_parts(target: &Store, parts: Vec<(u64, Vec<u8>)>) -> Result<()> {
+    let zeroes = target.info().write_zeroes;
     let operations = parts
         .into_iter()
-        // A new disk reads as zeroes where nothing was written.
-        .filter(|(_, bytes)| !is_new || bytes.iter().any(|byte| *byte != 0))
-        .map(|(at, bytes)| (OperationKind::Write, at, bytes.len() as u64, Data::Host(bytes)))
+        .map(|(at, bytes)| {
+            let length = bytes.len() as u64;
+            if zeroes && bytes.iter().all(|byte| *byte == 0) {
+                (OperationKind::WriteZeroes { unmap: true }, at, length, Data::None)
+            } else {
+                (OperationKind::Write, at, length, Data::Host(bytes))
+            }
+        })
         .collect();
     for (result, _) in target.run(operations) {
         result.map_err(|error| anyhow!("writing `{}`: {error}", target.name()))?;

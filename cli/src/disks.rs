@@ -81,17 +81,17 @@ impl fmt::Display for DiskSpec {
 
 /// Splits at commas; two of them are one in the text.
 fn split_commas(text: &str) -> Vec<String> {
-    let mut parts = vec![String::new()];
+    let mut parts = Vec::new();
+    let mut part = String::new();
     let mut rest = text.chars().peekable();
     while let Some(c) = rest.next() {
-        if c != ',' {
-            parts.last_mut().expect("there is one").push(c);
-        } else if rest.next_if_eq(&',').is_some() {
-            parts.last_mut().expect("there is one").push(',');
+        if c != ',' || rest.next_if_eq(&',').is_some() {
+            part.push(c);
         } else {
-            parts.push(String::new());
+            parts.push(std::mem::take(&mut part));
         }
     }
+    parts.push(part);
     parts
 }
 
@@ -298,8 +298,8 @@ fn granted(layer: &Layer) -> StoreGrants {
 /// The host and port of `http://HOST[:PORT]/…` or `https://…`.
 fn host_and_port(url: &str) -> Option<(&str, u16)> {
     let (scheme, rest) = url.split_once("://")?;
-    let default = if scheme == "https" { 443 } else { 80 };
-    let authority = rest.split('/').next()?;
+    let default = if scheme.eq_ignore_ascii_case("https") { 443 } else { 80 };
+    let authority = rest.split(['/', '?', '#']).next()?;
     match authority.rsplit_once(':') {
         Some((host, port)) if !port.contains(']') => Some((host, port.parse().ok()?)),
         _ => Some((authority, default)),
@@ -334,6 +334,7 @@ mod tests {
         assert_eq!(host_and_port("http://mirror.example/a:b"), Some(("mirror.example", 80)));
         assert_eq!(host_and_port("https://mirror.example:8443/x"), Some(("mirror.example", 8443)));
         assert_eq!(host_and_port("http://[::1]:8080/x"), Some(("[::1]", 8080)));
+        assert_eq!(host_and_port("HTTPS://mirror.example?x=/"), Some(("mirror.example", 443)));
         assert_eq!(host_and_port("mirror.example/x"), None);
     }
 }

@@ -307,6 +307,46 @@ fn release() -> PathBuf {
     exe.ancestors().nth(2).expect("a target folder").to_path_buf()
 }
 
+/// The program.
+#[must_use]
+pub fn program() -> PathBuf {
+    release().join("tenon")
+}
+
+/// `tenon` with these words, for what runs no machine; killed if it does not end.
+#[must_use]
+pub fn tenon(words: &[&str]) -> Command {
+    let mut command = Command::new("timeout");
+    command.args(["--signal=KILL", "120"]).arg(program()).args(words).stdin(Stdio::null());
+    command
+}
+
+/// Runs a command, and gives its status and what it printed.
+///
+/// # Panics
+/// It cannot be started.
+pub fn outcome(command: &mut Command) -> (i32, String, String) {
+    let output = command.output().expect("the command starts");
+    let status = output.status.code().unwrap_or_else(|| 128 + output.status.signal().unwrap_or(0));
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (status, text(&output.stdout), text(&output.stderr))
+}
+
+/// Checks that these words are refused with this status, and with an error that has all of `named`. Gives the error.
+///
+/// # Panics
+/// They were not.
+#[track_caller]
+pub fn refused(words: &[&str], status: i32, named: &[&str]) -> String {
+    let (found, _, error) = outcome(&mut tenon(words));
+    assert_eq!(found, status, "{words:?}: {error}");
+    for name in named {
+        assert!(error.contains(name), "{words:?}: `{name}` is not in: {error}");
+    }
+    assert!(!error.contains("panicked"), "{error}");
+    error
+}
+
 /// A bare guest's ELF file.
 ///
 /// # Panics

@@ -1,13 +1,18 @@
 //! Where things are.
 
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use anyhow::{Context, Result};
 
 /// The repository's root.
 pub(crate) fn root() -> &'static Path {
-    // xtask lives in a folder of the root, and is built where it is run.
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
+    static XTASK: LazyLock<PathBuf> = LazyLock::new(|| {
+        // Cargo names the folder when it runs this; a build folder that several clones share may hold a program that was built in another.
+        std::env::var_os("CARGO_MANIFEST_DIR")
+            .map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
+    });
+    XTASK.parent().unwrap_or(Path::new("."))
 }
 
 /// Cargo's target folder: the one that this program was built in.

@@ -208,10 +208,10 @@ impl Device {
         unsafe { ((self.config + offset) as *const u64).read_volatile() }
     }
 
-    /// Makes a request available in the descriptors from `first` on, without telling the device.
+    /// Puts a request into the descriptors from `first` on. The device sees it from [`Device::notify`] on.
     pub fn queue(&mut self, first: u16, parts: &[Part]) {
         let ring = RING.at();
-        // SAFETY: the descriptors of a request that is not under way are the driver's; the device reads the index last.
+        // SAFETY: the descriptors of a request that is not under way are the driver's.
         unsafe {
             for (n, part) in parts.iter().enumerate() {
                 let at = usize::from(first) + n;
@@ -223,16 +223,16 @@ impl Device {
             }
             (&raw mut (*ring).available[2 + usize::from(self.made) % QUEUE]).write_volatile(first);
             self.made = self.made.wrapping_add(1);
-            fence(Ordering::Release);
-            (&raw mut (*ring).available[1]).write_volatile(self.made);
         }
     }
 
-    /// Tells the device of requests, if it wants to know.
+    /// Makes what was queued available, all at once, and tells the device if it wants to know.
     pub fn notify(&self) {
-        fence(Ordering::SeqCst);
-        // SAFETY: the device writes the flags; the doorbell of queue 0 is at the start of the notification registers.
+        fence(Ordering::Release);
+        // SAFETY: the device reads the index and writes the flags; the doorbell of queue 0 is at the start of the notification registers.
         unsafe {
+            (&raw mut (*RING.at()).available[1]).write_volatile(self.made);
+            fence(Ordering::SeqCst);
             if (&raw const (*RING.at()).used.flags).read_volatile() & 1 == 0 {
                 (self.notify as *mut u16).write_volatile(0);
             }

@@ -39,7 +39,9 @@ impl Connections {
         if self.list.iter().flatten().count() >= MOST {
             return unreachable(format!("the store has {MOST} connections, and gets no more"));
         }
-        let addresses = match (host, port).to_socket_addrs() {
+        // An IPv6 address is in brackets, as in an address of the web.
+        let name = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        let addresses = match (name, port).to_socket_addrs() {
             Ok(addresses) => addresses,
             Err(error) => return unreachable(error.to_string()),
         };
@@ -141,5 +143,16 @@ mod tests {
         assert_eq!(connections.receive(connection, 4).unwrap(), b"");
         connections.close(connection);
         assert_eq!(connections.receive(connection, 4), Err(ConnectionError::Closed));
+    }
+
+    #[test]
+    fn an_address_in_brackets_is_an_ipv6_address() {
+        let Ok(listener) = TcpListener::bind("[::1]:0") else {
+            return println!("not run: this host has no IPv6");
+        };
+        let port = listener.local_addr().unwrap().port();
+        let mut connections = Connections::new([("[::1]".into(), port)].into());
+        connections.connect("[::1]", port, false).unwrap();
+        assert_eq!(connections.connect("::1", port, false), Err(ConnectionError::NotGranted));
     }
 }

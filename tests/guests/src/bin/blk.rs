@@ -134,20 +134,25 @@ impl Job {
         }
     }
 
-    /// Waits for an answer; gives its slot.
-    fn finish(&mut self) -> usize {
-        let first = loop {
-            match self.device.take() {
-                Some((first, _)) => break first,
-                None => core::hint::spin_loop(),
-            }
-        };
+    /// Takes an answer, if there is one; gives its slot.
+    fn answer(&mut self) -> Option<usize> {
+        let (first, _) = self.device.take()?;
         let slot = usize::from(first / 3) % DEPTH;
         // SAFETY: the request has ended.
         if unsafe { (&raw const (*SLOTS.at()).status[slot]).read_volatile() } != 0 {
             self.wrong += 1;
         }
-        slot
+        Some(slot)
+    }
+
+    /// Waits for an answer; gives its slot.
+    fn finish(&mut self) -> usize {
+        loop {
+            match self.answer() {
+                Some(slot) => return slot,
+                None => core::hint::spin_loop(),
+            }
+        }
     }
 }
 
@@ -174,9 +179,9 @@ extern "C" fn measure(_: u64) {
         done += 1;
         // Whatever else has ended by now, so that the next notification stands for as many requests.
         while done < job.count
-            && let Some((first, _)) = job.device.take()
+            && let Some(slot) = job.answer()
         {
-            free[idle] = usize::from(first / 3) % DEPTH;
+            free[idle] = slot;
             idle += 1;
             done += 1;
         }

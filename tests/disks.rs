@@ -1,0 +1,142 @@
+//! `tenon disk`: what it makes, tells, copies and refuses.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use tempfile::TempDir;
+use tenon_tests::{outcome, refused, tenon};
+
+const MIB: usize = 1 << 20;
+
+/// A folder with a key, and a disk that holds something at both ends and nothing between.
+struct Place {
+    folder: TempDir,
+    content: Vec<u8>,
+}
+
+impl Place {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let mut content = vec![0; 5 * MIB + 512];
+        content[..MIB + 5].fill(b'a');
+        content[5 * MIB..].fill(b'z');
+        fs::write(folder.path().join("from.img"), &content).expect("a disk");
+        fs::write(folder.path().join("key"), "0123456789abcdef".repeat(8)).expect("a key");
+        Self { folder, content }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// A disk of these stores over a file here; `crypt` gets its key.
+    fn disk(&self, stores: &str, name: &str) -> String {
+        let key = if stores.contains("crypt") {
+            format!(",key-file={}", self.path("key").display())
+        } else {
+            String::new()
+        };
+        format!("{stores}:{}{key}", self.path(name).display())
+    }
+
+    #[track_caller]
+    fn does(&self, words: &[&str]) -> String {
+        let (status, output, error) = outcome(&mut tenon(words));
+        assert_eq!(status, 0, "{words:?}: {error}");
+        output
+    }
+}
+
+fn info(disk: &str) -> Value {
+    let (status, output, error) = outcome(&mut tenon(&["disk", "info", "--json", disk]));
+    assert_eq!(status, 0, "{disk}: {error}");
+    serde_json::from_str(&output).expect("JSON")
+}
+
+/// How many bytes of the host's disk a file takes.
+fn taken(path: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    fs::metadata(path).expect("a file").blocks() * 512
+}
+
+#[test]
+fn a_disk_that_went_through_other_stores_comes_back_as_it_was() {
+    let place = Place::new();
+    for (n, stores) in ["qcow2", "crypt:file", "crypt:qcow2"].into_iter().enumerate() {
+        let (there, back) =
+            (place.disk(stores, &format!("there{n}")), place.disk("file", &format!("back{n}")));
+        place.does(&["disk", "convert", &place.disk("file", "from.img"), &there]);
+        place.does(&["disk", "check", &there]);
+        place.does(&["disk", "convert", &there, &back, "--size", "6M"]);
+        let mut expected = place.content.clone();
+        let found = fs::read(place.path(&format!("back{n}"))).expect("the copy");
+        expected.resize(found.len(), 0);
+        assert!(found == expected, "{stores}: other bytes came back");
+    }
+    // What is all zeroes takes no space where the store can keep it so.
+    assert!(taken(&place.path("there0")) < 4 * MIB as u64, "{}", taken(&place.path("there0")));
+    assert!(taken(&place.path("back0")) < 4 * MIB as u64, "{}", taken(&place.path("back0")));
+}
+
+#[test]
+fn what_an_older_disk_held_is_gone_after_a_copy() {
+    let place = Place::new();
+    fs::write(place.path("old.img"), vec![b'o'; 6 * MIB]).expect("a disk");
+    place.does(&["disk", "convert", &place.disk("file", "from.img"), &place.disk("file", "old.img")]);
+    let found = fs::read(place.path("old.img")).expect("the copy");
+    assert!(found[..place.content.len()] == place.content, "the copy is not what was copied");
+    assert!(found[place.content.len()..].iter().all(|byte| *byte == b'o'), "more than that was written");
+}
+
+#[test]
+fn a_copy_that_does_not_fit_changes_nothing() {
+    let place = Place::new();
+    fs::write(place.path("small.img"), vec![b's'; MIB]).expect("a disk");
+    let (from, small) = (place.disk("file", "from.img"), place.disk("file", "small.img"));
+    refused(&["disk", "convert", &from, &small], 1, &["small.img", "--size"]);
+    assert!(fs::read(place.path("small.img")).expect("the disk") == vec![b's'; MIB]);
+    let new = place.disk("qcow2", "new.qcow2");
+    refused(&["disk", "convert", &from, &new, "--size", "1M"], 1, &["new.qcow2", "--size"]);
+    assert!(!place.path("new.qcow2").exists(), "what was begun is left behind");
+}
+
+#[test]
+fn a_disk_is_made_once_and_grows() {
+    let place = Place::new();
+    for stores in ["file", "qcow2", "crypt:qcow2"] {
+        let disk = place.disk(stores, "disk");
+        place.does(&["disk", "create", &disk, "--size", "8M"]);
+        let before = fs::read(place.path("disk")).expect("the disk");
+        refused(&["disk", "create", &disk, "--size", "8M"], 1, &["disk", "exists"]);
+        assert!(fs::read(place.path("disk")).expect("the disk") == before, "{stores}: it was made again");
+        let size = info(&disk)["size"].as_u64().expect("a size");
+        assert!(size >= 7 << 20 && size <= 8 << 20, "{stores}: {size}");
+        place.does(&["disk", "resize", &disk, "16M"]);
+        assert!(info(&disk)["size"].as_u64().expect("a size") >= 15 << 20, "{stores}");
+        refused(&["disk", "resize", &disk, "8M"], 2, &["lose", "convert"]);
+        fs::remove_file(place.path("disk")).expect("the disk");
+    }
+    refused(&["disk", "create", &place.disk("file", "x")], 2, &["--size"]);
+    refused(&["disk", "create", "memory:1M"], 2, &["memory"]);
+}
+
+#[test]
+fn a_wrong_key_or_a_damaged_image_is_said_to_be_that() {
+    let place = Place::new();
+    let secret = place.disk("crypt:file", "secret.img");
+    place.does(&["disk", "create", &secret, "--size", "2M"]);
+    fs::write(place.path("key"), "fedcba9876543210".repeat(8)).expect("a key");
+    refused(&["disk", "info", &secret], 1, &["key"]);
+
+    let image = place.disk("qcow2", "image.qcow2");
+    place.does(&["disk", "convert", &place.disk("file", "from.img"), &image]);
+    let mut bytes = fs::read(place.path("image.qcow2")).expect("the image");
+    // The table of the reference counts, by its place in the header.
+    let table = u64::from_be_bytes(bytes[48..56].try_into().expect("eight bytes"));
+    bytes[usize::try_from(table).expect("an offset")..][..8].fill(0);
+    fs::write(place.path("image.qcow2"), bytes).expect("the image");
+    let (status, _, error) = outcome(&mut tenon(&["disk", "check", &image]));
+    assert_eq!(status, 1, "{error}");
+    assert!(error.contains("image.qcow2"), "{error}");
+}
