@@ -46,6 +46,7 @@ pub(crate) struct Virtio {
     pub(crate) batches: u64,
     pub(crate) requests: u64,
     pub(crate) answers: u64,
+    pub(crate) dropped_frames: u64,
 }
 
 impl Summary {

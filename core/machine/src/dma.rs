@@ -35,7 +35,7 @@ struct Part {
 #[derive(Clone)]
 pub struct Buffers {
     ram: Arc<Ram>,
-    parts: SmallVec<[Part; 4]>,
+    parts: SmallVec<[Part; 2]>,
     length: u64,
 }
 

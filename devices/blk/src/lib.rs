@@ -19,8 +19,8 @@ mod space;
 use std::collections::HashMap;
 
 use tenon_sdk::virtio::{
-    self, Answer, Attachment, Batch, Config, Decoder, Encoder, Error, Handle, OperationDone, Request, Result,
-    Store, StoreError, VirtioDescription, VirtioDevice, info,
+    self, Answer, Attachment, Batch, Config, Decoder, Encoder, Error, Handle, OperationDone, Request,
+    RequestOperation, Result, Store, StoreError, VirtioDescription, VirtioDevice, info,
 };
 
 use crate::request::{Command, Disk, HEADER, IDENTITY, Range, RangeKind, Status};
@@ -56,6 +56,8 @@ pub struct Block {
     writeback: bool,
     /// Requests of which this device is to hear again.
     pending: HashMap<Handle, Pending>,
+    /// Operations that are begun together, when everything that the host brought has been looked at.
+    operations: Vec<RequestOperation>,
 }
 
 /// A request with steps to come.
@@ -137,6 +139,7 @@ impl VirtioDevice for Block {
             features: 0,
             writeback: true,
             pending: HashMap::new(),
+            operations: Vec::new(),
         };
         block.look_at_store();
         Ok(block)
@@ -159,12 +162,12 @@ impl VirtioDevice for Block {
 
     fn requests_ready(&mut self, _queue: u16, batch: &Batch<'_>) {
         let answers: Vec<Answer> = batch.iter().filter_map(|request| self.begin(&request)).collect();
-        virtio::complete_all(&answers);
+        self.end(&answers);
     }
 
     fn operations_done(&mut self, done: &[OperationDone]) {
         let answers: Vec<Answer> = done.iter().filter_map(|done| self.go_on(*done)).collect();
-        virtio::complete_all(&answers);
+        self.end(&answers);
     }
 
     fn store_changed(&mut self, _store: u32) {
@@ -202,6 +205,13 @@ impl Block {
         if self.features & F_CONFIG_WCE != 0 { !self.writeback } else { self.features & F_FLUSH == 0 }
     }
 
+    /// Ends a call: begins what it came to, and answers what is answered already.
+    fn end(&mut self, answers: &[Answer]) {
+        self.store.begin(&self.operations);
+        self.operations.clear();
+        virtio::complete_all(answers);
+    }
+
     /// Begins a request. The answer, if there is one already.
     fn begin(&mut self, request: &Request<'_>) -> Option<Answer> {
         let (handle, writable) = (request.handle, request.writable);
@@ -218,7 +228,7 @@ impl Block {
                 Some(answer(handle, writable, Status::Ok))
             }
             Command::Read { length, position } => {
-                self.store.read(handle, 0, length, position, &DONE);
+                self.operations.push(RequestOperation::read(handle, 0, length, position).answering(&DONE));
                 None
             }
             Command::Write { length, position } => {
@@ -275,19 +285,19 @@ impl Block {
     /// have to be told as something else than an I/O error.
     fn step(&mut self, handle: Handle, writable: u32, step: Step, after: Vec<Step>) {
         let ends = after.is_empty() && writable == 1 && !matches!(step, Step::Range(..));
-        let success: &[u8] = if ends { &DONE } else { &[] };
-        match step {
+        let operation = match step {
             Step::Write { length, position } => {
-                self.store.write(handle, HEADER.into(), length, position, success);
+                RequestOperation::write(handle, HEADER.into(), length, position)
             }
-            Step::Flush => self.store.flush(handle, success),
-            Step::Range(RangeKind::Discard, range) => {
-                self.store.discard(handle, range.position, range.length, success);
+            Step::Flush => RequestOperation::flush(handle),
+            Step::Range(RangeKind::Discard, Range { position, length, .. }) => {
+                RequestOperation::discard(handle, position, length)
             }
-            Step::Range(RangeKind::WriteZeroes, range) => {
-                self.store.write_zeroes(handle, range.position, range.length, range.unmap, success);
+            Step::Range(RangeKind::WriteZeroes, Range { position, length, unmap }) => {
+                RequestOperation::write_zeroes(handle, position, length, unmap)
             }
-        }
+        };
+        self.operations.push(if ends { operation.answering(&DONE) } else { operation });
         if !ends {
             self.pending.insert(handle, Pending { writable, steps: after });
         }

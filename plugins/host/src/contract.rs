@@ -34,17 +34,7 @@ const VIRTIO: Offer = &[
         "requests",
         &["read", "write", "complete", "to-channel", "from-channel", "config-changed", "needs-reset"],
     ),
-    (
-        "stores",
-        &[
-            "[method]store.info",
-            "[method]store.read",
-            "[method]store.write",
-            "[method]store.flush",
-            "[method]store.discard",
-            "[method]store.write-zeroes",
-        ],
-    ),
+    ("stores", &["[method]store.info", "[method]store.begin"]),
     (
         "ports",
         &[

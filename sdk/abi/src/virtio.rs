@@ -124,6 +124,95 @@ pub struct Answer {
     pub written: u32,
 }
 
+/// An operation on a store for a request, which has at most one under way. When it succeeds and `success_length` is not 0, the host writes that many bytes of `success` into
+/// the request's writable part (behind the data that was read; at 0 for other operations) and completes the request; the device hears no more of it. In every
+/// other case the host tells the device how it ended.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RequestOperation {
+    /// The request.
+    pub request: Handle,
+    /// One of [`RequestOperation::READ`] to [`RequestOperation::UNMAP_ZEROES`].
+    pub kind: u32,
+    /// The first byte in the request's part; 0 where no data moves.
+    pub offset: u32,
+    /// How many bytes of `success` are meant: 0 to 8.
+    pub success_length: u32,
+    /// The length in bytes: below 2^32 where data moves, 0 for a flush.
+    pub length: u64,
+    /// The first byte in the store; 0 for a flush.
+    pub position: u64,
+    /// What the host writes if it succeeds.
+    pub success: [u8; 8],
+}
+
+impl RequestOperation {
+    /// Reads from the store into the writable part.
+    pub const READ: u32 = 0;
+    /// Writes a part of the readable part to the store.
+    pub const WRITE: u32 = 1;
+    /// Makes everything durable whose write has been reported as done.
+    pub const FLUSH: u32 = 2;
+    /// Gives the space of a range back; it then reads as anything.
+    pub const DISCARD: u32 = 3;
+    /// Makes a range read as zeroes.
+    pub const WRITE_ZEROES: u32 = 4;
+    /// The same, and its space may be given back.
+    pub const UNMAP_ZEROES: u32 = 5;
+
+    const fn new(request: Handle, kind: u32, offset: u32, length: u64, position: u64) -> Self {
+        Self { request, kind, offset, success_length: 0, length, position, success: [0; 8] }
+    }
+
+    /// Reads `length` bytes at `position` of the store into the writable part at `offset`.
+    #[must_use]
+    pub const fn read(request: Handle, offset: u32, length: u32, position: u64) -> Self {
+        Self::new(request, Self::READ, offset, length as u64, position)
+    }
+
+    /// Writes `length` bytes of the readable part from `offset` to `position` of the store.
+    #[must_use]
+    pub const fn write(request: Handle, offset: u32, length: u32, position: u64) -> Self {
+        Self::new(request, Self::WRITE, offset, length as u64, position)
+    }
+
+    /// Makes everything durable whose write has been reported as done.
+    #[must_use]
+    pub const fn flush(request: Handle) -> Self {
+        Self::new(request, Self::FLUSH, 0, 0, 0)
+    }
+
+    /// Gives the space of a range back; it then reads as anything.
+    #[must_use]
+    pub const fn discard(request: Handle, position: u64, length: u64) -> Self {
+        Self::new(request, Self::DISCARD, 0, length, position)
+    }
+
+    /// Makes a range read as zeroes; with `unmap`, space may be given back.
+    #[must_use]
+    pub const fn write_zeroes(request: Handle, position: u64, length: u64, unmap: bool) -> Self {
+        let kind = if unmap { Self::UNMAP_ZEROES } else { Self::WRITE_ZEROES };
+        Self::new(request, kind, 0, length, position)
+    }
+
+    /// Has the host answer with these bytes if the operation succeeds.
+    ///
+    /// # Panics
+    /// They are more than 8.
+    #[must_use]
+    pub fn answering(mut self, success: &[u8]) -> Self {
+        self.success[..success.len()].copy_from_slice(success);
+        self.success_length = success.len().try_into().unwrap_or(u32::MAX);
+        self
+    }
+
+    /// The bytes that the host writes if the operation succeeds; none if the operation asks for more than there can be.
+    #[must_use]
+    pub fn success(&self) -> Option<&[u8]> {
+        self.success.get(..usize::try_from(self.success_length).ok()?)
+    }
+}
+
 /// The outcome of an operation on a store.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -227,16 +316,8 @@ table! {
         requests_needs_reset: fn(context: *mut c_void);
         /// The sink gets the encoded [`crate::StoreInfo`] ([`crate::wire::encode_store_info`]).
         store_info: fn(context: *mut c_void, store: u32, output: Sink);
-        /// As in the WIT.
-        store_read: fn(context: *mut c_void, store: u32, request: Handle, offset: u32, length: u32, position: u64, success: Bytes<'_>);
-        /// As in the WIT.
-        store_write: fn(context: *mut c_void, store: u32, request: Handle, offset: u32, length: u32, position: u64, success: Bytes<'_>);
-        /// As in the WIT.
-        store_flush: fn(context: *mut c_void, store: u32, request: Handle, success: Bytes<'_>);
-        /// As in the WIT.
-        store_discard: fn(context: *mut c_void, store: u32, request: Handle, position: u64, length: u64, success: Bytes<'_>);
-        /// As in the WIT; `unmap` is 0 or 1.
-        store_write_zeroes: fn(context: *mut c_void, store: u32, request: Handle, position: u64, length: u64, unmap: u32, success: Bytes<'_>);
+        /// Begins `count` operations, in this order.
+        store_begin: fn(context: *mut c_void, store: u32, operations: *const RequestOperation, count: u32);
         /// The sink gets the encoded [`PortInfo`] ([`crate::wire::encode_port_info`]).
         port_info: fn(context: *mut c_void, port: u32, output: Sink);
         /// What the driver accepts, as [`Offloads::to_bits`].
@@ -308,5 +389,6 @@ table! {
 // Layouts that both sides rely on.
 const _: () = {
     assert!(size_of::<RequestRecord>() == 16 && align_of::<RequestRecord>() == 4);
+    assert!(size_of::<RequestOperation>() == 40 && align_of::<RequestOperation>() == 8);
     assert!(size_of::<Answer>() == 8 && size_of::<OperationDone>() == 8 && size_of::<Handle>() == 4);
 };

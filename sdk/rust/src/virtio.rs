@@ -2,7 +2,7 @@
 //!
 //! The host owns the transport and the rings. A device says what it is, sees its configuration space, and gets requests in batches: each is a [`Handle`]
 //! with the lengths of its readable and its writable part, and with its first readable bytes. The device answers now or later, in any order. Data that it need not look
-//! at does not pass through it: [`Store::read`] moves bytes from a backing store into a request, [`Port::send`] a request to the network.
+//! at does not pass through it: [`Store::begin`] moves bytes between a backing store and requests, [`Port::send`] a request to the network.
 //!
 //! ```
 //! use tenon_sdk::virtio::{self, Attachment, Batch, Config, Decoder, Encoder, Result, VirtioDescription, VirtioDevice};
@@ -68,8 +68,8 @@ use component as sys;
 use hosted as sys;
 
 pub use tenon_abi::{
-    Answer, Handle, Offloads, OperationDone, PortInfo, Queue, RequestRecord, StoreError, StoreInfo,
-    VirtioDescription,
+    Answer, Handle, Offloads, OperationDone, PortInfo, Queue, RequestOperation, RequestRecord, StoreError,
+    StoreInfo, VirtioDescription,
 };
 
 pub use crate::device::{
@@ -375,10 +375,6 @@ pub fn memory_size() -> u64 {
 }
 
 /// A backing store. Data moves between it and a request without passing through the device.
-///
-/// An operation is named by its request, which has at most one under way. When it succeeds and `success` is not empty, the host writes these bytes into the request's writable part (behind
-/// the data that was read; at 0 for other operations) and completes the request; the device hears no more of it. In every other case the host calls
-/// [`VirtioDevice::operations_done`].
 pub struct Store(sys::Store);
 
 impl Store {
@@ -388,29 +384,11 @@ impl Store {
         self.0.info()
     }
 
-    /// Reads `length` bytes at `position` of the store into the writable part at `offset`.
-    pub fn read(&self, request: Handle, offset: u32, length: u32, position: u64, success: &[u8]) {
-        self.0.read(request, offset, length, position, success);
-    }
-
-    /// Writes `length` bytes of the readable part from `offset` to `position` of the store.
-    pub fn write(&self, request: Handle, offset: u32, length: u32, position: u64, success: &[u8]) {
-        self.0.write(request, offset, length, position, success);
-    }
-
-    /// Makes everything durable whose write has been reported as done.
-    pub fn flush(&self, request: Handle, success: &[u8]) {
-        self.0.flush(request, success);
-    }
-
-    /// Gives the space of a range back; it then reads as anything.
-    pub fn discard(&self, request: Handle, position: u64, length: u64, success: &[u8]) {
-        self.0.discard(request, position, length, success);
-    }
-
-    /// Makes a range read as zeroes; with `unmap`, space may be given back.
-    pub fn write_zeroes(&self, request: Handle, position: u64, length: u64, unmap: bool, success: &[u8]) {
-        self.0.write_zeroes(request, position, length, unmap, success);
+    /// Begins operations, in this order; they may end in any other. A request has at most one under way. What is begun together costs one call.
+    pub fn begin(&self, operations: &[RequestOperation]) {
+        if !operations.is_empty() {
+            self.0.begin(operations);
+        }
     }
 }
 

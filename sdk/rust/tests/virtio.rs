@@ -8,8 +8,8 @@ use std::ptr;
 use tenon_sdk::abi::{Bytes, Sink, Status, VirtioHost, VirtioTable, wire};
 use tenon_sdk::virtio::{
     self, Answer, Attachment, Batch, Channel, Config, Decoder, Encoder, Error, Handle, Offloads,
-    OperationDone, Port, PortInfo, RequestRecord, Result, Store, StoreError, StoreInfo, Timer,
-    VirtioDescription, VirtioDevice, info,
+    OperationDone, Port, PortInfo, RequestOperation, RequestRecord, Result, Store, StoreError, StoreInfo,
+    Timer, VirtioDescription, VirtioDevice, info,
 };
 
 /// Uses everything at the first request of a batch.
@@ -65,11 +65,17 @@ impl VirtioDevice for Everything {
         assert_eq!((virtio::release_numbered(one), virtio::release_own(one)), (12, 13));
         assert_eq!((virtio::memory_size(), virtio::now(), virtio::wall_clock()), (14, 15, 16));
         assert_eq!((self.store.info().size, self.port.info().mtu), (1024, 1500));
-        self.store.read(one, 1, 2, 3, b"ok");
-        self.store.write(one, 4, 5, 6, b"");
-        self.store.flush(one, b"ok");
-        self.store.discard(one, 7, 8, b"ok");
-        self.store.write_zeroes(one, 9, 10, true, b"ok");
+        self.store.begin(&[]);
+        self.store.begin(&[
+            RequestOperation::read(one, 1, 2, 3).answering(b"ok"),
+            RequestOperation::write(one, 4, 5, 6),
+        ]);
+        self.store.begin(&[
+            RequestOperation::flush(one).answering(b"eight888"),
+            RequestOperation::discard(one, 7, 8),
+            RequestOperation::write_zeroes(one, 9, 10, false),
+            RequestOperation::write_zeroes(one, 9, 10, true),
+        ]);
         self.port.accept(Offloads { tso4: true, ..Offloads::default() });
         self.port.send(&[one, Handle(9)]);
         assert_eq!(self.port.waiting(5), [60, 61]);
@@ -227,52 +233,22 @@ unsafe extern "C" fn store_info(_: *mut c_void, _: u32, output: Sink) {
     // SAFETY: the sink came in this call.
     unsafe { output.put(&wire::encode_store_info(&StoreInfo::new(1024))) }
 }
-unsafe extern "C" fn store_read(
+unsafe extern "C" fn store_begin(
     context: *mut c_void,
     store: u32,
-    request: Handle,
-    offset: u32,
-    length: u32,
-    position: u64,
-    success: Bytes<'_>,
+    operations: *const RequestOperation,
+    count: u32,
 ) {
-    note(context, format!("store_read({store} {request:?} {offset} {length} {position} {})", text(success)));
-}
-unsafe extern "C" fn store_write(
-    context: *mut c_void,
-    store: u32,
-    request: Handle,
-    offset: u32,
-    length: u32,
-    position: u64,
-    success: Bytes<'_>,
-) {
-    note(context, format!("store_write({store} {request:?} {offset} {length} {position} {})", text(success)));
-}
-unsafe extern "C" fn store_flush(context: *mut c_void, store: u32, request: Handle, success: Bytes<'_>) {
-    note(context, format!("store_flush({store} {request:?} {})", text(success)));
-}
-unsafe extern "C" fn store_discard(
-    context: *mut c_void,
-    store: u32,
-    request: Handle,
-    position: u64,
-    length: u64,
-    success: Bytes<'_>,
-) {
-    note(context, format!("store_discard({store} {request:?} {position} {length} {})", text(success)));
-}
-unsafe extern "C" fn store_write_zeroes(
-    context: *mut c_void,
-    store: u32,
-    request: Handle,
-    position: u64,
-    length: u64,
-    unmap: u32,
-    success: Bytes<'_>,
-) {
-    let success = text(success);
-    note(context, format!("store_write_zeroes({store} {request:?} {position} {length} {unmap} {success})"));
+    // SAFETY: there are `count` operations.
+    for operation in unsafe { std::slice::from_raw_parts(operations, count as usize) } {
+        let RequestOperation { request, kind, offset, length, position, .. } = operation;
+        let success = std::str::from_utf8(operation.success().unwrap()).unwrap();
+        note(
+            context,
+            format!("store_begin({store} {request:?} {kind} {offset} {length} {position} {success})"),
+        );
+    }
+    note(context, format!("store_begin({count})"));
 }
 unsafe extern "C" fn port_info(_: *mut c_void, _: u32, output: Sink) {
     let offloads = Offloads::default();
@@ -330,11 +306,7 @@ static HOST: VirtioHost = VirtioHost {
     requests_config_changed,
     requests_needs_reset,
     store_info,
-    store_read,
-    store_write,
-    store_flush,
-    store_discard,
-    store_write_zeroes,
+    store_begin,
     port_info,
     port_accept,
     port_send,
@@ -414,11 +386,14 @@ fn every_call_crosses_the_boundary_in_both_directions() {
         "entropy_fill(Handle(70) 9 10)",
         "guest_pages_release_numbered(Handle(70))",
         "guest_pages_release_own(Handle(70))",
-        "store_read(0 Handle(70) 1 2 3 ok)",
-        "store_write(0 Handle(70) 4 5 6 )",
-        "store_flush(0 Handle(70) ok)",
-        "store_discard(0 Handle(70) 7 8 ok)",
-        "store_write_zeroes(0 Handle(70) 9 10 1 ok)",
+        "store_begin(0 Handle(70) 0 1 2 3 ok)",
+        "store_begin(0 Handle(70) 1 4 5 6 )",
+        "store_begin(2)",
+        "store_begin(0 Handle(70) 2 0 0 0 eight888)",
+        "store_begin(0 Handle(70) 3 0 8 7 )",
+        "store_begin(0 Handle(70) 4 0 10 9 )",
+        "store_begin(0 Handle(70) 5 0 10 9 )",
+        "store_begin(4)",
         "port_accept(0 2)",
         "port_send(0 [Handle(70), Handle(9)])",
         "port_receive(0 [1, 0] [Handle(70)])",

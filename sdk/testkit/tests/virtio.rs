@@ -6,9 +6,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use tenon_sdk::virtio::{
     Answer, Attachment, Batch, Channel, Config, Decoder, Encoder, Handle, OperationDone, Port, Request,
-    Result, Store, StoreError, StoreInfo, Timer, VirtioDescription, VirtioDevice, complete, complete_all,
-    config_changed, fill_random, from_channel, memory_size, needs_reset, now, read, release_numbered,
-    release_own, to_channel, write,
+    RequestOperation, Result, Store, StoreError, StoreInfo, Timer, VirtioDescription, VirtioDevice, complete,
+    complete_all, config_changed, fill_random, from_channel, memory_size, needs_reset, now, read,
+    release_numbered, release_own, to_channel, write,
 };
 use tenon_testkit::{MemoryStore, On, VirtioBench, VirtioSetup, blk_conformance, virtio_conformance};
 
@@ -45,6 +45,10 @@ fn end(request: Handle, room: u32, status: u8) {
 }
 
 impl<const MISTAKE: u8> Disk<MISTAKE> {
+    fn ask(&self, operation: RequestOperation) {
+        self.store.begin(&[operation.answering(&[0])]);
+    }
+
     fn inside(&self, sector: u64, bytes: u64) -> bool {
         let start = sector.checked_mul(SECTOR);
         start.and_then(|start| start.checked_add(bytes)).is_some_and(|end| end <= self.info.size)
@@ -71,18 +75,18 @@ impl<const MISTAKE: u8> Disk<MISTAKE> {
         self.rooms.insert(handle, request.writable);
         match kind {
             0 if u64::from(room) % SECTOR == 0 && self.inside(sector, room.into()) => {
-                self.store.read(handle, 0, room, sector * SECTOR, &[0]);
+                self.ask(RequestOperation::read(handle, 0, room, sector * SECTOR));
             }
             1 if u64::from(data) % SECTOR == 0 && self.inside(sector, data.into()) => {
                 if MISTAKE == ANSWERS_EARLY {
                     return Self::fail(request, 0);
                 }
-                self.store.write(handle, 16, data, sector * SECTOR, &[0]);
+                self.ask(RequestOperation::write(handle, 16, data, sector * SECTOR));
             }
             0 if MISTAKE == READS_BEHIND_THE_END => Self::fail(request, 0),
             0 | 1 => Self::fail(request, 1),
             4 if MISTAKE == FLUSH_ALWAYS_OK => Self::fail(request, 0),
-            4 => self.store.flush(handle, &[0]),
+            4 => self.ask(RequestOperation::flush(handle)),
             8 => {
                 let text = [self.info.identity.as_bytes(), &[0; 20]].concat();
                 let fits = write(handle, 0, &text[..20.min(room as usize)]);
@@ -99,7 +103,8 @@ impl<const MISTAKE: u8> Disk<MISTAKE> {
                 if flags > 1 {
                     Self::fail(request, 2);
                 } else if data == 16 && self.inside(first, count * SECTOR) {
-                    self.store.write_zeroes(handle, first * SECTOR, count * SECTOR, flags == 1, &[0]);
+                    let (position, length) = (first * SECTOR, count * SECTOR);
+                    self.ask(RequestOperation::write_zeroes(handle, position, length, flags == 1));
                 } else {
                     Self::fail(request, 1);
                 }

@@ -84,10 +84,12 @@ pub struct Part {
     pub written: bool,
 }
 
-/// A device with its first queue.
+/// A device with one queue.
 pub struct Device {
     common: u64,
+    /// The queue's doorbell.
     notify: u64,
+    queue: u16,
     config: u64,
     /// The first entry of the MSI-X table, if it interrupts.
     msix: Option<u64>,
@@ -100,18 +102,18 @@ pub struct Device {
 impl Device {
     /// Finds the first device of this type on bus 0 and brings it up with `features` of the first 32 (those that it offers). None if there is none, or it refuses.
     pub fn begin(kind: u32, features: u32) -> Option<Self> {
-        Self::begin_with(kind, features, None)
+        Self::begin_with(kind, features, 0, None)
     }
 
-    /// As [`Device::begin`], and has the device send `vector` by MSI-X to vCPU 0 when it has answered.
-    pub fn begin_with(kind: u32, features: u32, vector: Option<u8>) -> Option<Self> {
+    /// As [`Device::begin`], with this queue instead of the first; the device sends `vector` by MSI-X to vCPU 0 when it has answered.
+    pub fn begin_with(kind: u32, features: u32, queue: u16, vector: Option<u8>) -> Option<Self> {
         let slot = (1..32).find(|slot| config_read(*slot, 0) == VENDOR | (FIRST_ID + kind) << 16)?;
         let base = WINDOW + u64::from(slot) * 0x1_0000;
         config_write(slot, COMMAND, 0);
         config_write(slot, BAR0, base as u32);
         config_write(slot, BAR0 + 4, 0);
         config_write(slot, COMMAND, MEMORY_AND_BUS_MASTER);
-        let (mut common, mut notify, mut config, mut msix) = (0, 0, 0, None);
+        let (mut common, mut notify, mut stride, mut config, mut msix) = (0, 0, 0, 0, None);
         let mut at = config_read(slot, CAP_POINTER) as u8;
         while at != 0 {
             let head = config_read(slot, at);
@@ -119,7 +121,10 @@ impl Device {
                 let place = base + u64::from(config_read(slot, at + 8));
                 match head >> 24 {
                     1 => common = place,
-                    2 => notify = place,
+                    2 => {
+                        notify = place;
+                        stride = u64::from(config_read(slot, at + 16));
+                    }
                     4 => config = place,
                     _ => {}
                 }
@@ -139,11 +144,11 @@ impl Device {
             }
             at = (head >> 8) as u8;
         }
-        let mut device = Self { common, notify, config, msix, made: 0, taken: 0 };
-        device.bring_up(features).then_some(device)
+        let mut device = Self { common, notify, queue, config, msix, made: 0, taken: 0 };
+        device.bring_up(features, stride).then_some(device)
     }
 
-    fn bring_up(&mut self, features: u32) -> bool {
+    fn bring_up(&mut self, features: u32, stride: u64) -> bool {
         self.set_status(0);
         while self.status() != 0 {}
         self.set_status(ACKNOWLEDGE | DRIVER);
@@ -160,7 +165,8 @@ impl Device {
             if self.status() & FEATURES_OK == 0 {
                 return false;
             }
-            ((self.common + 0x16) as *mut u16).write_volatile(0);
+            ((self.common + 0x16) as *mut u16).write_volatile(self.queue);
+            self.notify += stride * u64::from(((self.common + 0x1e) as *const u16).read_volatile());
             ((self.common + 0x18) as *mut u16).write_volatile(QUEUE as u16);
             for (register, place) in [
                 (0x20, &raw const (*ring).descriptors as u64),
@@ -229,12 +235,12 @@ impl Device {
     /// Makes what was queued available, all at once, and tells the device if it wants to know.
     pub fn notify(&self) {
         fence(Ordering::Release);
-        // SAFETY: the device reads the index and writes the flags; the doorbell of queue 0 is at the start of the notification registers.
+        // SAFETY: the device reads the index and writes the flags; the doorbell is the queue's.
         unsafe {
             (&raw mut (*RING.at()).available[1]).write_volatile(self.made);
             fence(Ordering::SeqCst);
             if (&raw const (*RING.at()).used.flags).read_volatile() & 1 == 0 {
-                (self.notify as *mut u16).write_volatile(0);
+                (self.notify as *mut u16).write_volatile(self.queue);
             }
         }
     }

@@ -4,7 +4,9 @@
 
 mod blk;
 mod boot;
+mod disk;
 mod exit;
+mod net;
 mod start;
 
 use std::fs;
@@ -26,8 +28,12 @@ pub(crate) enum Bench {
     Blk(Rounds),
     /// Debian to its shell: the software engine and QEMU's TCG
     Boot(Rounds),
+    /// A whole Debian from a virtio disk to its login: the software engine and QEMU's TCG
+    Disk(Rounds),
     /// One register access: component, native library, built-in
     Exit(Rounds),
+    /// What a virtio network card sends, in frames and over TCP: component and native library
+    Net(Rounds),
     /// From the start of the process to the guest's first instruction, and memory beyond the guest's: Tenon and QEMU
     Start(Rounds),
 }
@@ -52,7 +58,9 @@ pub(crate) fn run(bench: &Bench) -> Result<()> {
     match bench {
         Bench::Blk(rounds) => blk::run(rounds.rounds),
         Bench::Boot(rounds) => boot::run(rounds.rounds),
+        Bench::Disk(rounds) => disk::run(rounds.rounds),
         Bench::Exit(rounds) => exit::run(rounds.rounds),
+        Bench::Net(rounds) => net::run(rounds.rounds),
         Bench::Start(rounds) => start::run(rounds.rounds),
     }
 }

@@ -10,17 +10,15 @@ use std::sync::Arc;
 
 use tenon_abi as abi;
 use tenon_abi::{
-    Answer as Ended, Bytes, Handle, SavedState, Sink, Status, VirtioDescription, VirtioHost, VirtioTable,
-    wire,
+    Answer as Ended, Bytes, Handle, RequestOperation, SavedState, Sink, Status, VirtioDescription,
+    VirtioHost, VirtioTable, wire,
 };
 
 use super::instance::{Entry, VirtioInstance, checked};
 use super::services::VirtioServices;
-use super::table::StoreOperation;
 use crate::fault::{Fault, Misuse};
 use crate::instance::Answer;
 use crate::native::Native;
-use crate::store::OperationKind;
 
 /// What a device's host functions find behind their context.
 struct Context {
@@ -231,15 +229,6 @@ unsafe fn room<'a, T>(list: *mut T, count: u32) -> &'a mut [T] {
     unsafe { std::slice::from_raw_parts_mut(list, count as usize) }
 }
 
-/// Begins an operation on a store.
-///
-/// # Safety
-/// As for [`with`]; the bytes came in the call that is still running.
-unsafe fn begin(context: *mut c_void, request: Handle, operation: StoreOperation, success: Bytes<'_>) {
-    // SAFETY: promised by the caller.
-    unsafe { with(context, |services| services.begin(request.0, operation, success.as_slice())) }
-}
-
 /// The device's host functions.
 static VIRTIO_HOST: VirtioHost = VirtioHost {
     size: VirtioHost::SIZE,
@@ -429,86 +418,22 @@ static VIRTIO_HOST: VirtioHost = VirtioHost {
         }
         info
     },
-    store_read: {
-        unsafe extern "C" fn read(
+    store_begin: {
+        unsafe extern "C" fn begin(
             context: *mut c_void,
             store: u32,
-            request: Handle,
-            offset: u32,
-            length: u32,
-            position: u64,
-            success: Bytes<'_>,
+            operations: *const RequestOperation,
+            count: u32,
         ) {
-            let (kind, length) = (OperationKind::Read, length.into());
-            // SAFETY: as in `log_log`.
+            // SAFETY: as in `log_log`; the operations came in this call.
             unsafe {
-                begin(context, request, StoreOperation { store, kind, offset, length, position }, success);
+                let operations = slice(operations, count);
+                with(context, |services| {
+                    operations.iter().try_for_each(|operation| services.begin(store, operation))
+                });
             }
         }
-        read
-    },
-    store_write: {
-        unsafe extern "C" fn write(
-            context: *mut c_void,
-            store: u32,
-            request: Handle,
-            offset: u32,
-            length: u32,
-            position: u64,
-            success: Bytes<'_>,
-        ) {
-            let (kind, length) = (OperationKind::Write, length.into());
-            // SAFETY: as in `log_log`.
-            unsafe {
-                begin(context, request, StoreOperation { store, kind, offset, length, position }, success);
-            }
-        }
-        write
-    },
-    store_flush: {
-        unsafe extern "C" fn flush(context: *mut c_void, store: u32, request: Handle, success: Bytes<'_>) {
-            let (kind, offset, length, position) = (OperationKind::Flush, 0, 0, 0);
-            // SAFETY: as in `log_log`.
-            unsafe {
-                begin(context, request, StoreOperation { store, kind, offset, length, position }, success);
-            }
-        }
-        flush
-    },
-    store_discard: {
-        unsafe extern "C" fn discard(
-            context: *mut c_void,
-            store: u32,
-            request: Handle,
-            position: u64,
-            length: u64,
-            success: Bytes<'_>,
-        ) {
-            let (kind, offset) = (OperationKind::Discard, 0);
-            // SAFETY: as in `log_log`.
-            unsafe {
-                begin(context, request, StoreOperation { store, kind, offset, length, position }, success);
-            }
-        }
-        discard
-    },
-    store_write_zeroes: {
-        unsafe extern "C" fn zero(
-            context: *mut c_void,
-            store: u32,
-            request: Handle,
-            position: u64,
-            length: u64,
-            unmap: u32,
-            success: Bytes<'_>,
-        ) {
-            let (kind, offset) = (OperationKind::WriteZeroes { unmap: unmap != 0 }, 0);
-            // SAFETY: as in `log_log`.
-            unsafe {
-                begin(context, request, StoreOperation { store, kind, offset, length, position }, success);
-            }
-        }
-        zero
+        begin
     },
     port_info: {
         unsafe extern "C" fn info(context: *mut c_void, port: u32, output: Sink) {

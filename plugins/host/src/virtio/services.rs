@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use tenon_abi::{OperationDone, RequestRecord, StoreInfo};
+use tenon_abi::{OperationDone, RequestOperation, RequestRecord, StoreInfo};
 use tenon_core::{Buffers, FRAME_HEADER, GuestRequest, NetworkPort, Offloads, PortInfo, Ram};
 
 use super::inbox::{Inbox, News, Outcome};
@@ -352,18 +352,37 @@ impl VirtioServices {
         store.map_or_else(|| StoreInfo::new(0), |store| store.info())
     }
 
-    /// Begins an operation.
-    pub(super) fn begin(
-        &mut self,
-        handle: u32,
-        operation: StoreOperation,
-        success: &[u8],
-    ) -> Result<(), Misuse> {
-        let index = usize::try_from(operation.store).unwrap_or(usize::MAX);
+    /// Begins an operation on a store.
+    pub(super) fn begin(&mut self, store: u32, asked: &RequestOperation) -> Result<(), Misuse> {
+        let handle = asked.request.0;
+        let kind = match asked.kind {
+            RequestOperation::READ => OperationKind::Read,
+            RequestOperation::WRITE => OperationKind::Write,
+            RequestOperation::FLUSH => OperationKind::Flush,
+            RequestOperation::DISCARD => OperationKind::Discard,
+            RequestOperation::WRITE_ZEROES => OperationKind::WriteZeroes { unmap: false },
+            RequestOperation::UNMAP_ZEROES => OperationKind::WriteZeroes { unmap: true },
+            other => {
+                return Err(Misuse(format!("it began an operation of kind {other}, which there is not")));
+            }
+        };
+        let Some(success) = asked.success() else {
+            return Err(Misuse(format!(
+                "it began an operation that is to be answered with {} bytes, which can be 8",
+                asked.success_length
+            )));
+        };
+        let (offset, length, position) = match kind {
+            OperationKind::Read | OperationKind::Write => (asked.offset, asked.length, asked.position),
+            OperationKind::Flush => (0, 0, 0),
+            _ => (0, asked.length, asked.position),
+        };
+        let index = usize::try_from(store).unwrap_or(usize::MAX);
         let held = self.table.get(handle)?;
         if index >= self.stores.len() {
             return Err(Misuse(format!("it named store {index}, which it was not given")));
         }
+        let operation = StoreOperation { store, kind, offset, length, position };
         let next = held.begin(operation, success, &mut self.divergences)?;
         self.go_on(handle, next);
         Ok(())

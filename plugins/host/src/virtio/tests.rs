@@ -8,13 +8,12 @@ use std::sync::mpsc;
 use std::sync::{Condvar, MutexGuard};
 use std::time::Duration;
 
-use tenon_abi::{OperationDone, StoreError, StoreInfo};
+use tenon_abi::{OperationDone, RequestOperation, StoreError, StoreInfo};
 use tenon_core::{BrokenQueue, Buffers, GuestRequest, MIN_MEMORY};
 
-use super::table::StoreOperation;
 use super::*;
 use crate::manifest::FailurePolicy;
-use crate::store::{Medium, OperationKind, Piece};
+use crate::store::{Medium, Piece};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -209,18 +208,19 @@ impl VirtioInstance for Disk {
                     let position = u64::from_le_bytes(heads[n * 8..n * 8 + 8].try_into().unwrap());
                     let handle = request.handle.0;
                     Self::misuse(self.host().move_to_channel(handle, 0, 1, 0))?;
-                    let kind = OperationKind::Read;
-                    let operation = StoreOperation { store: 0, kind, offset: 0, length: 512, position };
+                    let operation = RequestOperation::read(request.handle, 0, 512, position);
                     let success: &[u8] = if aware { b"" } else { b"S" };
-                    Self::misuse(self.host().begin(handle, operation, success))?;
+                    Self::misuse(self.host().begin(0, &operation.answering(success)))?;
                     if once(&self.script.misdeeds) {
                         let misdeed = self.script.misdeed.load(Ordering::SeqCst);
                         let host = self.host();
                         Self::misuse(match misdeed {
                             0 => host.complete(handle, 0),
                             1 => host.complete(handle.wrapping_add(77), 0),
-                            2 => host.begin(handle, operation, b""),
-                            3 => host.receive(0, &[1], &[]),
+                            2 => host.begin(0, &operation),
+                            3 => host.begin(0, &RequestOperation { success_length: 9, ..operation }),
+                            4 => host.begin(0, &RequestOperation { kind: 6, ..operation }),
+                            5 => host.receive(0, &[1], &[]),
                             _ => host.read(0, 0, 1).map(drop),
                         })?;
                     }
@@ -453,7 +453,7 @@ fn operations_that_end_while_the_device_restarts_are_told_to_the_new_instance() 
 
 #[test]
 fn misdeeds_cost_the_instance_and_no_request() {
-    for misdeed in 0..5 {
+    for misdeed in 0..7 {
         let bench = Bench::new();
         bench.script.misdeed.store(misdeed, Ordering::SeqCst);
         bench.script.misdeeds.store(2, Ordering::SeqCst);

@@ -5,13 +5,12 @@
 use std::time::Duration;
 
 use tenon_abi as abi;
-use tenon_abi::{OperationDone, SavedState, VirtioDescription};
+use tenon_abi::{OperationDone, RequestOperation, SavedState, VirtioDescription};
 use wasmtime::Store;
 use wasmtime::component::Resource;
 
 use super::instance::{Entry, VirtioInstance, host_calls};
 use super::services::VirtioServices;
-use super::table::StoreOperation;
 use crate::bindings::virtio::exports::tenon::device::virtio_device as export;
 use crate::bindings::virtio::tenon::device as import;
 use crate::bindings::virtio::{VirtioPlugin, VirtioPluginPre};
@@ -19,7 +18,6 @@ use crate::fault::{Fault, TooManyHostCalls};
 use crate::host::{Allowance, Host, Limiter};
 use crate::instance::Answer;
 use crate::manifest::Limits;
-use crate::store::OperationKind;
 
 /// How many handles an instance may hold.
 const HANDLES: usize = 4096;
@@ -128,6 +126,26 @@ fn to_error(error: abi::StoreError) -> import::stores::StoreError {
         abi::StoreError::NoSpace => Given::NoSpace,
         abi::StoreError::Unsupported => Given::Unsupported,
         abi::StoreError::Io => Given::Io,
+    }
+}
+
+fn to_operation(operation: &import::stores::Operation) -> RequestOperation {
+    use import::stores::OperationKind as Kind;
+    RequestOperation {
+        request: abi::Handle(operation.request),
+        kind: match operation.kind {
+            Kind::Read => RequestOperation::READ,
+            Kind::Write => RequestOperation::WRITE,
+            Kind::Flush => RequestOperation::FLUSH,
+            Kind::Discard => RequestOperation::DISCARD,
+            Kind::WriteZeroes => RequestOperation::WRITE_ZEROES,
+            Kind::UnmapZeroes => RequestOperation::UNMAP_ZEROES,
+        },
+        offset: operation.offset,
+        success_length: operation.success_length.into(),
+        length: operation.length,
+        position: operation.position,
+        success: operation.success.to_le_bytes(),
     }
 }
 
@@ -375,65 +393,16 @@ impl import::stores::HostStore for VirtioState {
         })
     }
 
-    fn read(
+    fn begin(
         &mut self,
         store: BackingStore,
-        request: u32,
-        offset: u32,
-        length: u32,
-        position: u64,
-        success: Vec<u8>,
+        operations: Vec<import::stores::Operation>,
     ) -> wasmtime::Result<()> {
-        let (store, kind) = (store.rep(), OperationKind::Read);
-        let operation = StoreOperation { store, kind, offset, length: length.into(), position };
-        Ok(self.services()?.begin(request, operation, &success)?)
-    }
-
-    fn write(
-        &mut self,
-        store: BackingStore,
-        request: u32,
-        offset: u32,
-        length: u32,
-        position: u64,
-        success: Vec<u8>,
-    ) -> wasmtime::Result<()> {
-        let (store, kind) = (store.rep(), OperationKind::Write);
-        let operation = StoreOperation { store, kind, offset, length: length.into(), position };
-        Ok(self.services()?.begin(request, operation, &success)?)
-    }
-
-    fn flush(&mut self, store: BackingStore, request: u32, success: Vec<u8>) -> wasmtime::Result<()> {
-        let (store, kind) = (store.rep(), OperationKind::Flush);
-        let operation = StoreOperation { store, kind, offset: 0, length: 0, position: 0 };
-        Ok(self.services()?.begin(request, operation, &success)?)
-    }
-
-    fn discard(
-        &mut self,
-        store: BackingStore,
-        request: u32,
-        position: u64,
-        length: u64,
-        success: Vec<u8>,
-    ) -> wasmtime::Result<()> {
-        let (store, kind) = (store.rep(), OperationKind::Discard);
-        let operation = StoreOperation { store, kind, offset: 0, length, position };
-        Ok(self.services()?.begin(request, operation, &success)?)
-    }
-
-    fn write_zeroes(
-        &mut self,
-        store: BackingStore,
-        request: u32,
-        position: u64,
-        length: u64,
-        unmap: bool,
-        success: Vec<u8>,
-    ) -> wasmtime::Result<()> {
-        let (store, kind) = (store.rep(), OperationKind::WriteZeroes { unmap });
-        let operation = StoreOperation { store, kind, offset: 0, length, position };
-        Ok(self.services()?.begin(request, operation, &success)?)
+        let services = self.services()?;
+        for operation in &operations {
+            services.begin(store.rep(), &to_operation(operation))?;
+        }
+        Ok(())
     }
 
     fn drop(&mut self, _: BackingStore) -> wasmtime::Result<()> {

@@ -7,8 +7,8 @@ use std::thread::LocalKey;
 use self::bindings::exports::tenon::device::virtio_device as exports;
 use self::bindings::tenon::device as imports;
 use super::{
-    Answer, Batch, Config, Handle, Offloads, OperationDone, PortInfo, RequestRecord, SavedState, StoreError,
-    StoreInfo, VirtioDescription, VirtioDevice,
+    Answer, Batch, Config, Handle, Offloads, OperationDone, PortInfo, RequestOperation, RequestRecord,
+    SavedState, StoreError, StoreInfo, VirtioDescription, VirtioDevice,
 };
 use crate::device::component as device;
 
@@ -83,31 +83,29 @@ impl Store {
         StoreInfo { size, block_size, optimal_size, read_only, discard, write_zeroes, identity }
     }
 
-    pub(super) fn read(&self, request: Handle, offset: u32, length: u32, position: u64, success: &[u8]) {
-        self.0.read(request.0, offset, length, position, success);
+    pub(super) fn begin(&self, operations: &[RequestOperation]) {
+        self.0.begin(&operations.iter().map(operation).collect::<Vec<_>>());
     }
+}
 
-    pub(super) fn write(&self, request: Handle, offset: u32, length: u32, position: u64, success: &[u8]) {
-        self.0.write(request.0, offset, length, position, success);
-    }
-
-    pub(super) fn flush(&self, request: Handle, success: &[u8]) {
-        self.0.flush(request.0, success);
-    }
-
-    pub(super) fn discard(&self, request: Handle, position: u64, length: u64, success: &[u8]) {
-        self.0.discard(request.0, position, length, success);
-    }
-
-    pub(super) fn write_zeroes(
-        &self,
-        request: Handle,
-        position: u64,
-        length: u64,
-        unmap: bool,
-        success: &[u8],
-    ) {
-        self.0.write_zeroes(request.0, position, length, unmap, success);
+fn operation(operation: &RequestOperation) -> imports::stores::Operation {
+    use imports::stores::OperationKind as Kind;
+    imports::stores::Operation {
+        request: operation.request.0,
+        kind: match operation.kind {
+            RequestOperation::READ => Kind::Read,
+            RequestOperation::WRITE => Kind::Write,
+            RequestOperation::FLUSH => Kind::Flush,
+            RequestOperation::DISCARD => Kind::Discard,
+            RequestOperation::WRITE_ZEROES => Kind::WriteZeroes,
+            RequestOperation::UNMAP_ZEROES => Kind::UnmapZeroes,
+            other => panic!("{other} is no kind of operation"),
+        },
+        offset: operation.offset,
+        length: operation.length,
+        position: operation.position,
+        success: u64::from_le_bytes(operation.success),
+        success_length: u8::try_from(operation.success_length).unwrap_or(u8::MAX),
     }
 }
 

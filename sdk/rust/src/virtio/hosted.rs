@@ -3,7 +3,7 @@
 
 use std::cell::Cell;
 
-use super::{Answer, Handle, Offloads, PortInfo, StoreInfo};
+use super::{Answer, Handle, Offloads, PortInfo, RequestOperation, StoreInfo};
 use crate::device::hosted as device;
 
 /// The host of a virtio device that runs in this process: a test bench, or the other side of the native tables. Timers, channels, stores and ports are named by their
@@ -26,24 +26,8 @@ pub trait Host: device::Host {
     fn needs_reset(&self);
     /// What a store is.
     fn store_info(&self, store: u32) -> StoreInfo;
-    /// Begins a read.
-    fn store_read(&self, store: u32, request: Handle, range: Range, success: &[u8]);
-    /// Begins a write.
-    fn store_write(&self, store: u32, request: Handle, range: Range, success: &[u8]);
-    /// Begins a flush.
-    fn store_flush(&self, store: u32, request: Handle, success: &[u8]);
-    /// Begins a discard.
-    fn store_discard(&self, store: u32, request: Handle, position: u64, length: u64, success: &[u8]);
-    /// Begins a write of zeroes.
-    fn store_write_zeroes(
-        &self,
-        store: u32,
-        request: Handle,
-        position: u64,
-        length: u64,
-        unmap: bool,
-        success: &[u8],
-    );
+    /// Begins operations.
+    fn store_begin(&self, store: u32, operations: &[RequestOperation]);
     /// What a port is.
     fn port_info(&self, port: u32) -> PortInfo;
     /// What the driver accepts of received frames.
@@ -62,17 +46,6 @@ pub trait Host: device::Host {
     fn release_own(&self, request: Handle) -> u32;
     /// The guest's memory in bytes.
     fn memory_size(&self) -> u64;
-}
-
-/// What a read or write moves: `length` bytes at `offset` of a request's part, and at `position` of the store.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Range {
-    /// The first byte in the request's part.
-    pub offset: u32,
-    /// The length in bytes.
-    pub length: u32,
-    /// The first byte in the store.
-    pub position: u64,
 }
 
 thread_local! {
@@ -156,31 +129,8 @@ impl Store {
         host(|host| host.store_info(self.0))
     }
 
-    pub(super) fn read(&self, request: Handle, offset: u32, length: u32, position: u64, success: &[u8]) {
-        host(|host| host.store_read(self.0, request, Range { offset, length, position }, success));
-    }
-
-    pub(super) fn write(&self, request: Handle, offset: u32, length: u32, position: u64, success: &[u8]) {
-        host(|host| host.store_write(self.0, request, Range { offset, length, position }, success));
-    }
-
-    pub(super) fn flush(&self, request: Handle, success: &[u8]) {
-        host(|host| host.store_flush(self.0, request, success));
-    }
-
-    pub(super) fn discard(&self, request: Handle, position: u64, length: u64, success: &[u8]) {
-        host(|host| host.store_discard(self.0, request, position, length, success));
-    }
-
-    pub(super) fn write_zeroes(
-        &self,
-        request: Handle,
-        position: u64,
-        length: u64,
-        unmap: bool,
-        success: &[u8],
-    ) {
-        host(|host| host.store_write_zeroes(self.0, request, position, length, unmap, success));
+    pub(super) fn begin(&self, operations: &[RequestOperation]) {
+        host(|host| host.store_begin(self.0, operations));
     }
 }
 

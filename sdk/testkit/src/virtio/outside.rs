@@ -9,10 +9,10 @@ use std::collections::{BTreeMap, VecDeque};
 
 use tenon_sdk::device;
 use tenon_sdk::store::Operation;
-use tenon_sdk::virtio::hosted::{Host, Range};
+use tenon_sdk::virtio::hosted::Host;
 use tenon_sdk::virtio::{
-    Answer, Handle, Level, Offloads, OperationDone, PortInfo, RequestRecord, StoreError, StoreInfo,
-    VirtioDescription,
+    Answer, Handle, Level, Offloads, OperationDone, PortInfo, RequestOperation, RequestRecord, StoreError,
+    StoreInfo, VirtioDescription,
 };
 
 use crate::memory::MemoryStore;
@@ -238,23 +238,40 @@ impl VirtioOutside {
         call(held)
     }
 
-    fn begin(
-        &self,
-        store: u32,
-        request: Handle,
-        offset: u32,
-        success: &[u8],
-        operation: impl FnOnce(&Held) -> Result<Operation, StoreError>,
-    ) {
+    fn begin(&self, store: u32, asked: &RequestOperation) {
+        let RequestOperation { request, kind, offset, length, position, .. } = *asked;
+        let Some(success) = asked.success() else {
+            panic!("the device has the host answer {request:?} with {} bytes", asked.success_length);
+        };
+        let moved = |bytes: &[u8]| {
+            let wanted = u32::try_from(length).map_err(|_| StoreError::OutOfRange)?;
+            let part = part(bytes, offset, wanted);
+            if part.len() == wanted as usize { Ok(part.to_vec()) } else { Err(StoreError::OutOfRange) }
+        };
         let operation = self.with(request, "begins an operation with", |held| {
             assert!(!held.busy, "the device begins a second operation with {request:?}");
             held.busy = true;
-            operation(held)
+            match kind {
+                RequestOperation::READ => moved(&held.writable).map(|_| Operation::Read { position, length }),
+                RequestOperation::WRITE => {
+                    moved(&held.readable).map(|data| Operation::Write { position, data })
+                }
+                RequestOperation::FLUSH => Ok(Operation::Flush),
+                RequestOperation::DISCARD => Ok(Operation::Discard { position, length }),
+                RequestOperation::WRITE_ZEROES => {
+                    Ok(Operation::WriteZeroes { position, length, unmap: false })
+                }
+                RequestOperation::UNMAP_ZEROES => {
+                    Ok(Operation::WriteZeroes { position, length, unmap: true })
+                }
+                other => panic!("the device begins an operation of kind {other}, which there is not"),
+            }
         });
         let mut stores = self.stores.borrow_mut();
         let Some(store) = stores.get_mut(store as usize) else {
             panic!("the device uses store number {store}, which it did not ask for");
         };
+        let offset = if kind == RequestOperation::READ { offset } else { 0 };
         store.begun.push_back(Begun { request, offset, operation, success: success.to_vec() });
     }
 
@@ -373,47 +390,8 @@ impl Host for VirtioOutside {
         end.store.info().clone()
     }
 
-    fn store_read(&self, store: u32, request: Handle, range: Range, success: &[u8]) {
-        let Range { offset, length, position } = range;
-        self.begin(store, request, offset, success, |held| {
-            let room = part(&held.writable, offset, length).len();
-            if room < length as usize {
-                return Err(StoreError::OutOfRange);
-            }
-            Ok(Operation::Read { position, length: length.into() })
-        });
-    }
-
-    fn store_write(&self, store: u32, request: Handle, range: Range, success: &[u8]) {
-        let Range { offset, length, position } = range;
-        self.begin(store, request, 0, success, |held| {
-            let data = part(&held.readable, offset, length).to_vec();
-            if data.len() < length as usize {
-                return Err(StoreError::OutOfRange);
-            }
-            Ok(Operation::Write { position, data })
-        });
-    }
-
-    fn store_flush(&self, store: u32, request: Handle, success: &[u8]) {
-        self.begin(store, request, 0, success, |_| Ok(Operation::Flush));
-    }
-
-    fn store_discard(&self, store: u32, request: Handle, position: u64, length: u64, success: &[u8]) {
-        self.begin(store, request, 0, success, |_| Ok(Operation::Discard { position, length }));
-    }
-
-    fn store_write_zeroes(
-        &self,
-        store: u32,
-        request: Handle,
-        position: u64,
-        length: u64,
-        unmap: bool,
-        success: &[u8],
-    ) {
-        let operation = Operation::WriteZeroes { position, length, unmap };
-        self.begin(store, request, 0, success, |_| Ok(operation));
+    fn store_begin(&self, store: u32, operations: &[RequestOperation]) {
+        operations.iter().for_each(|operation| self.begin(store, operation));
     }
 
     fn port_info(&self, port: u32) -> PortInfo {

@@ -63,7 +63,7 @@ fn main(_: &Machine) {
         COUNT.fetch_add(1, SeqCst);
         apic::end_of_interrupt();
     });
-    let Some(mut device) = Device::begin_with(BLOCK_DEVICE, 0, Some(VECTOR)) else {
+    let Some(mut device) = Device::begin_with(BLOCK_DEVICE, 0, 0, Some(VECTOR)) else {
         holds("a disk is found and takes a vector", false);
         finish()
     };

@@ -265,9 +265,7 @@ pub mod tenon {
         }
         /// Permission: work on the backing stores that the device asked for. Data moves between a request and a store without passing through the device.
         ///
-        /// An operation is named by its request, which has at most one under way: starting another ends the instance. When it succeeds and `success` is not empty, the
-        /// host writes these bytes into the request's writable part (after the data that was read; at 0 for other operations) and completes the request; the device hears no more of
-        /// it. In every other case the host tells the device by `operations-done`.
+        /// An operation is named by its request, which has at most one under way: beginning another ends the instance.
         #[allow(dead_code, async_fn_in_trait, unused_imports, clippy::all)]
         pub mod stores {
             #[used]
@@ -359,6 +357,104 @@ pub mod tenon {
                         4 => StoreError::Io,
                         _ => panic!("invalid enum discriminant"),
                     }
+                }
+            }
+            /// What an operation does.
+            #[repr(u8)]
+            #[derive(Clone, Copy, Eq, Ord, PartialEq, PartialOrd)]
+            pub enum OperationKind {
+                /// Reads `length` bytes at `position` of the store into the writable part at `offset`.
+                Read,
+                /// Writes `length` bytes of the readable part from `offset` to `position` of the store.
+                Write,
+                /// Makes everything durable whose write has been reported as done.
+                Flush,
+                /// Gives the space of a range back; it then reads as anything.
+                Discard,
+                /// Makes a range read as zeroes.
+                WriteZeroes,
+                /// The same, and its space may be given back.
+                UnmapZeroes,
+            }
+            impl ::core::fmt::Debug for OperationKind {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    match self {
+                        OperationKind::Read => {
+                            f.debug_tuple("OperationKind::Read").finish()
+                        }
+                        OperationKind::Write => {
+                            f.debug_tuple("OperationKind::Write").finish()
+                        }
+                        OperationKind::Flush => {
+                            f.debug_tuple("OperationKind::Flush").finish()
+                        }
+                        OperationKind::Discard => {
+                            f.debug_tuple("OperationKind::Discard").finish()
+                        }
+                        OperationKind::WriteZeroes => {
+                            f.debug_tuple("OperationKind::WriteZeroes").finish()
+                        }
+                        OperationKind::UnmapZeroes => {
+                            f.debug_tuple("OperationKind::UnmapZeroes").finish()
+                        }
+                    }
+                }
+            }
+            impl OperationKind {
+                #[doc(hidden)]
+                pub unsafe fn _lift(val: u8) -> OperationKind {
+                    if !cfg!(debug_assertions) {
+                        return unsafe { ::core::mem::transmute(val) };
+                    }
+                    match val {
+                        0 => OperationKind::Read,
+                        1 => OperationKind::Write,
+                        2 => OperationKind::Flush,
+                        3 => OperationKind::Discard,
+                        4 => OperationKind::WriteZeroes,
+                        5 => OperationKind::UnmapZeroes,
+                        _ => panic!("invalid enum discriminant"),
+                    }
+                }
+            }
+            /// An operation for a request. When it succeeds and `success-length` is not 0, the host writes that many of the lowest bytes of `success`, the lowest first, into the request's writable
+            /// part (after the data that was read; at 0 for other operations) and completes the request; the device hears no more of it. In every other case the host tells the
+            /// device by `operations-done`.
+            #[repr(C)]
+            #[derive(Clone, Copy)]
+            pub struct Operation {
+                /// The request.
+                pub request: u32,
+                /// What it does.
+                pub kind: OperationKind,
+                /// The first byte in the request's part; 0 where no data moves.
+                pub offset: u32,
+                /// The length in bytes: below 2^32 where data moves, 0 for a flush.
+                pub length: u64,
+                /// The first byte in the store; 0 for a flush.
+                pub position: u64,
+                /// What the host writes if it succeeds.
+                pub success: u64,
+                /// How many bytes that are: 0 to 8. More end the instance.
+                pub success_length: u8,
+            }
+            impl ::core::fmt::Debug for Operation {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    f.debug_struct("Operation")
+                        .field("request", &self.request)
+                        .field("kind", &self.kind)
+                        .field("offset", &self.offset)
+                        .field("length", &self.length)
+                        .field("position", &self.position)
+                        .field("success", &self.success)
+                        .field("success-length", &self.success_length)
+                        .finish()
                 }
             }
             /// A backing store, handed to `start`.
@@ -458,249 +554,53 @@ pub mod tenon {
             }
             impl Store {
                 #[allow(unused_unsafe, clippy::all)]
-                /// Reads `length` bytes at `position` of the store into the writable part at `offset`.
+                /// Begins operations, in this order; they may end in any other. The host begins them when the call into the device has returned.
                 #[allow(async_fn_in_trait)]
-                pub fn read(
-                    &self,
-                    request: u32,
-                    offset: u32,
-                    length: u32,
-                    position: u64,
-                    success: &[u8],
-                ) -> () {
+                pub fn begin(&self, operations: &[Operation]) -> () {
                     unsafe {
-                        let vec0 = success;
-                        let ptr0 = vec0.as_ptr().cast::<u8>();
-                        let len0 = vec0.len();
+                        let vec1 = operations;
+                        let len1 = vec1.len();
+                        let layout1 = _rt::alloc::Layout::from_size_align(
+                                vec1.len() * 48,
+                                8,
+                            )
+                            .unwrap();
+                        let (result1, _cleanup1) = ::tenon_sdk::wit_bindgen::rt::Cleanup::new(
+                            layout1,
+                        );
+                        for (i, e) in vec1.into_iter().enumerate() {
+                            let base = result1.add(i * 48);
+                            {
+                                let Operation {
+                                    request: request0,
+                                    kind: kind0,
+                                    offset: offset0,
+                                    length: length0,
+                                    position: position0,
+                                    success: success0,
+                                    success_length: success_length0,
+                                } = e;
+                                *base.add(0).cast::<i32>() = _rt::as_i32(request0);
+                                *base.add(4).cast::<u8>() = (kind0.clone() as i32) as u8;
+                                *base.add(8).cast::<i32>() = _rt::as_i32(offset0);
+                                *base.add(16).cast::<i64>() = _rt::as_i64(length0);
+                                *base.add(24).cast::<i64>() = _rt::as_i64(position0);
+                                *base.add(32).cast::<i64>() = _rt::as_i64(success0);
+                                *base.add(40).cast::<u8>() = (_rt::as_i32(success_length0))
+                                    as u8;
+                            }
+                        }
                         #[cfg(target_arch = "wasm32")]
                         #[link(wasm_import_module = "tenon:device/stores@0.1.0")]
                         unsafe extern "C" {
-                            #[link_name = "[method]store.read"]
-                            fn wit_import1(
-                                _: i32,
-                                _: i32,
-                                _: i32,
-                                _: i32,
-                                _: i64,
-                                _: *mut u8,
-                                _: usize,
-                            );
+                            #[link_name = "[method]store.begin"]
+                            fn wit_import2(_: i32, _: *mut u8, _: usize);
                         }
                         #[cfg(not(target_arch = "wasm32"))]
-                        unsafe extern "C" fn wit_import1(
-                            _: i32,
-                            _: i32,
-                            _: i32,
-                            _: i32,
-                            _: i64,
-                            _: *mut u8,
-                            _: usize,
-                        ) {
+                        unsafe extern "C" fn wit_import2(_: i32, _: *mut u8, _: usize) {
                             unreachable!()
                         }
-                        wit_import1(
-                            (self).handle() as i32,
-                            _rt::as_i32(&request),
-                            _rt::as_i32(&offset),
-                            _rt::as_i32(&length),
-                            _rt::as_i64(&position),
-                            ptr0.cast_mut(),
-                            len0,
-                        );
-                    }
-                }
-            }
-            impl Store {
-                #[allow(unused_unsafe, clippy::all)]
-                /// Writes `length` bytes of the readable part from `offset` to `position` of the store.
-                #[allow(async_fn_in_trait)]
-                pub fn write(
-                    &self,
-                    request: u32,
-                    offset: u32,
-                    length: u32,
-                    position: u64,
-                    success: &[u8],
-                ) -> () {
-                    unsafe {
-                        let vec0 = success;
-                        let ptr0 = vec0.as_ptr().cast::<u8>();
-                        let len0 = vec0.len();
-                        #[cfg(target_arch = "wasm32")]
-                        #[link(wasm_import_module = "tenon:device/stores@0.1.0")]
-                        unsafe extern "C" {
-                            #[link_name = "[method]store.write"]
-                            fn wit_import1(
-                                _: i32,
-                                _: i32,
-                                _: i32,
-                                _: i32,
-                                _: i64,
-                                _: *mut u8,
-                                _: usize,
-                            );
-                        }
-                        #[cfg(not(target_arch = "wasm32"))]
-                        unsafe extern "C" fn wit_import1(
-                            _: i32,
-                            _: i32,
-                            _: i32,
-                            _: i32,
-                            _: i64,
-                            _: *mut u8,
-                            _: usize,
-                        ) {
-                            unreachable!()
-                        }
-                        wit_import1(
-                            (self).handle() as i32,
-                            _rt::as_i32(&request),
-                            _rt::as_i32(&offset),
-                            _rt::as_i32(&length),
-                            _rt::as_i64(&position),
-                            ptr0.cast_mut(),
-                            len0,
-                        );
-                    }
-                }
-            }
-            impl Store {
-                #[allow(unused_unsafe, clippy::all)]
-                /// Makes everything durable whose write has been reported as done.
-                #[allow(async_fn_in_trait)]
-                pub fn flush(&self, request: u32, success: &[u8]) -> () {
-                    unsafe {
-                        let vec0 = success;
-                        let ptr0 = vec0.as_ptr().cast::<u8>();
-                        let len0 = vec0.len();
-                        #[cfg(target_arch = "wasm32")]
-                        #[link(wasm_import_module = "tenon:device/stores@0.1.0")]
-                        unsafe extern "C" {
-                            #[link_name = "[method]store.flush"]
-                            fn wit_import1(_: i32, _: i32, _: *mut u8, _: usize);
-                        }
-                        #[cfg(not(target_arch = "wasm32"))]
-                        unsafe extern "C" fn wit_import1(
-                            _: i32,
-                            _: i32,
-                            _: *mut u8,
-                            _: usize,
-                        ) {
-                            unreachable!()
-                        }
-                        wit_import1(
-                            (self).handle() as i32,
-                            _rt::as_i32(&request),
-                            ptr0.cast_mut(),
-                            len0,
-                        );
-                    }
-                }
-            }
-            impl Store {
-                #[allow(unused_unsafe, clippy::all)]
-                /// Gives the space of a range back; it then reads as anything.
-                #[allow(async_fn_in_trait)]
-                pub fn discard(
-                    &self,
-                    request: u32,
-                    position: u64,
-                    length: u64,
-                    success: &[u8],
-                ) -> () {
-                    unsafe {
-                        let vec0 = success;
-                        let ptr0 = vec0.as_ptr().cast::<u8>();
-                        let len0 = vec0.len();
-                        #[cfg(target_arch = "wasm32")]
-                        #[link(wasm_import_module = "tenon:device/stores@0.1.0")]
-                        unsafe extern "C" {
-                            #[link_name = "[method]store.discard"]
-                            fn wit_import1(
-                                _: i32,
-                                _: i32,
-                                _: i64,
-                                _: i64,
-                                _: *mut u8,
-                                _: usize,
-                            );
-                        }
-                        #[cfg(not(target_arch = "wasm32"))]
-                        unsafe extern "C" fn wit_import1(
-                            _: i32,
-                            _: i32,
-                            _: i64,
-                            _: i64,
-                            _: *mut u8,
-                            _: usize,
-                        ) {
-                            unreachable!()
-                        }
-                        wit_import1(
-                            (self).handle() as i32,
-                            _rt::as_i32(&request),
-                            _rt::as_i64(&position),
-                            _rt::as_i64(&length),
-                            ptr0.cast_mut(),
-                            len0,
-                        );
-                    }
-                }
-            }
-            impl Store {
-                #[allow(unused_unsafe, clippy::all)]
-                /// Makes a range read as zeroes; with `unmap`, space may be given back.
-                #[allow(async_fn_in_trait)]
-                pub fn write_zeroes(
-                    &self,
-                    request: u32,
-                    position: u64,
-                    length: u64,
-                    unmap: bool,
-                    success: &[u8],
-                ) -> () {
-                    unsafe {
-                        let vec0 = success;
-                        let ptr0 = vec0.as_ptr().cast::<u8>();
-                        let len0 = vec0.len();
-                        #[cfg(target_arch = "wasm32")]
-                        #[link(wasm_import_module = "tenon:device/stores@0.1.0")]
-                        unsafe extern "C" {
-                            #[link_name = "[method]store.write-zeroes"]
-                            fn wit_import1(
-                                _: i32,
-                                _: i32,
-                                _: i64,
-                                _: i64,
-                                _: i32,
-                                _: *mut u8,
-                                _: usize,
-                            );
-                        }
-                        #[cfg(not(target_arch = "wasm32"))]
-                        unsafe extern "C" fn wit_import1(
-                            _: i32,
-                            _: i32,
-                            _: i64,
-                            _: i64,
-                            _: i32,
-                            _: *mut u8,
-                            _: usize,
-                        ) {
-                            unreachable!()
-                        }
-                        wit_import1(
-                            (self).handle() as i32,
-                            _rt::as_i32(&request),
-                            _rt::as_i64(&position),
-                            _rt::as_i64(&length),
-                            match &unmap {
-                                true => 1,
-                                false => 0,
-                            },
-                            ptr0.cast_mut(),
-                            len0,
-                        );
+                        wit_import2((self).handle() as i32, result1, len1);
                     }
                 }
             }
@@ -2992,6 +2892,7 @@ mod _rt {
             self as i64
         }
     }
+    pub use alloc_crate::alloc;
     #[cfg(target_arch = "wasm32")]
     pub fn run_ctors_once() {
         ::tenon_sdk::wit_bindgen::rt::run_ctors_once();
@@ -3005,7 +2906,6 @@ mod _rt {
             alloc::dealloc(ptr, layout);
         }
     }
-    pub use alloc_crate::alloc;
     pub unsafe fn invalid_enum_discriminant<T>() -> T {
         if cfg!(debug_assertions) {
             panic!("invalid enum discriminant")
@@ -3046,9 +2946,9 @@ macro_rules! __export_virtio_plugin_impl {
         (link_section =
         "component-type:wit-bindgen:0.61.1:tenon:device@0.1.0:virtio-plugin:imports and exports")]
         #[doc(hidden)] #[allow(clippy::octal_escapes)] pub static
-        __WIT_BINDGEN_COMPONENT_TYPE : [u8; 3690] = *
+        __WIT_BINDGEN_COMPONENT_TYPE : [u8; 3582] = *
         b"\
-\0asm\x0d\0\x01\0\0\x19\x16wit-component-encoding\x04\0\x07\xe6\x1b\x01A\x02\x01\
+\0asm\x0d\0\x01\0\0\x19\x16wit-component-encoding\x04\0\x07\xfa\x1a\x01A\x02\x01\
 A\"\x01B\x04\x01m\x05\x05error\x04warn\x04info\x05debug\x05trace\x04\0\x05level\x03\
 \0\0\x01@\x02\x05level\x01\x07messages\x01\0\x04\0\x03log\x01\x02\x03\0\x16tenon\
 :device/log@0.1.0\x05\0\x01B\x0a\x04\0\x05timer\x03\x01\x01h\0\x01@\x02\x04self\x01\
@@ -3066,70 +2966,68 @@ read\x01\x05\x01@\x03\x07requesty\x06offsety\x05bytes\x04\0y\x04\0\x05write\x01\
 \x01p\x03\x01@\x01\x07answers\x07\x01\0\x04\0\x08complete\x01\x08\x01h\x01\x01@\x04\
 \x07requesty\x06offsety\x06lengthy\x07channel\x09\0y\x04\0\x0ato-channel\x01\x0a\
 \x04\0\x0cfrom-channel\x01\x0a\x01@\0\x01\0\x04\0\x0econfig-changed\x01\x0b\x04\0\
-\x0bneeds-reset\x01\x0b\x03\0\x1btenon:device/requests@0.1.0\x05\x05\x01B\x12\x01\
+\x0bneeds-reset\x01\x0b\x03\0\x1btenon:device/requests@0.1.0\x05\x05\x01B\x0f\x01\
 r\x07\x04sizew\x0ablock-sizey\x0coptimal-sizey\x09read-only\x7f\x07discard\x7f\x0c\
 write-zeroes\x7f\x08identitys\x04\0\x0astore-info\x03\0\0\x01m\x05\x0cout-of-ran\
-ge\x09read-only\x08no-space\x0bunsupported\x02io\x04\0\x0bstore-error\x03\0\x02\x04\
-\0\x05store\x03\x01\x01h\x04\x01@\x01\x04self\x05\0\x01\x04\0\x12[method]store.i\
-nfo\x01\x06\x01p}\x01@\x06\x04self\x05\x07requesty\x06offsety\x06lengthy\x08posi\
-tionw\x07success\x07\x01\0\x04\0\x12[method]store.read\x01\x08\x04\0\x13[method]\
-store.write\x01\x08\x01@\x03\x04self\x05\x07requesty\x07success\x07\x01\0\x04\0\x13\
-[method]store.flush\x01\x09\x01@\x05\x04self\x05\x07requesty\x08positionw\x06len\
-gthw\x07success\x07\x01\0\x04\0\x15[method]store.discard\x01\x0a\x01@\x06\x04sel\
-f\x05\x07requesty\x08positionw\x06lengthw\x05unmap\x7f\x07success\x07\x01\0\x04\0\
-\x1a[method]store.write-zeroes\x01\x0b\x03\0\x19tenon:device/stores@0.1.0\x05\x06\
-\x01B\x13\x01n\x03\x08checksum\x04tso4\x04tso6\x04\0\x08offloads\x03\0\0\x01p}\x01\
-r\x05\x03mac\x02\x03mtu{\x07link-up\x7f\x04send\x01\x07receive\x01\x04\0\x09port\
--info\x03\0\x03\x04\0\x04port\x03\x01\x01h\x05\x01@\x01\x04self\x06\0\x04\x04\0\x11\
-[method]port.info\x01\x07\x01@\x02\x04self\x06\x08offloads\x01\x01\0\x04\0\x13[m\
-ethod]port.accept\x01\x08\x01py\x01@\x02\x04self\x06\x08requests\x09\x01\0\x04\0\
-\x11[method]port.send\x01\x0a\x01@\x02\x04self\x06\x03maxy\0\x09\x04\0\x14[metho\
-d]port.waiting\x01\x0b\x01p{\x01@\x03\x04self\x06\x06counts\x0c\x08requests\x09\x01\
-\0\x04\0\x14[method]port.receive\x01\x0d\x03\0\x18tenon:device/ports@0.1.0\x05\x07\
-\x01B\x02\x01@\x03\x07requesty\x06offsety\x06lengthy\0y\x04\0\x04fill\x01\0\x03\0\
-\x1atenon:device/entropy@0.1.0\x05\x08\x01B\x05\x01@\x01\x07requesty\0y\x04\0\x10\
-release-numbered\x01\0\x04\0\x0brelease-own\x01\0\x01@\0\0w\x04\0\x0bmemory-size\
-\x01\x01\x03\0\x1etenon:device/guest-pages@0.1.0\x05\x09\x01B\x19\x01q\x04\x07in\
-valid\x01s\0\x0bunsupported\x01s\0\x06schema\x01s\0\x05other\x01s\0\x04\0\x0aerr\
-or-code\x03\0\0\x01r\x02\x03keys\x05values\x04\0\x07setting\x03\0\x02\x01m\x02\x03\
-pio\x04mmio\x04\0\x05space\x03\0\x04\x01kw\x01r\x04\x04names\x05space\x05\x04bas\
-e\x06\x04sizew\x04\0\x06region\x03\0\x07\x01m\x02\x04edge\x05level\x04\0\x07trig\
-ger\x03\0\x09\x01ky\x01r\x02\x03gsi\x0b\x07trigger\x0a\x04\0\x0cline-request\x03\
-\0\x0c\x01r\x02\x03hids\x03uidy\x04\0\x09acpi-node\x03\0\x0e\x01p\x08\x01p\x0d\x01\
-ps\x01k\x0f\x01r\x05\x07regions\x10\x05lines\x11\x06timersy\x08channels\x12\x04a\
-cpi\x13\x04\0\x0bdescription\x03\0\x14\x01p}\x01r\x02\x06schemay\x04data\x16\x04\
-\0\x0bsaved-state\x03\0\x17\x03\0\x18tenon:device/types@0.1.0\x05\x0a\x01B\x08\x01\
-r\x03\x04names\x08max-size{\x04head{\x04\0\x05queue\x03\0\0\x01p\x01\x01ps\x01r\x08\
-\x0bdevice-type{\x08featuresw\x06queues\x02\x0bconfig-size{\x06timersy\x08channe\
-ls\x03\x06stores\x03\x05ports\x03\x04\0\x12virtio-description\x03\0\x04\x01r\x04\
-\x06handley\x08readabley\x08writabley\x04heady\x04\0\x07request\x03\0\x06\x03\0\x1f\
-tenon:device/virtio-types@0.1.0\x05\x0b\x02\x03\0\x09\x0aerror-code\x02\x03\0\x09\
-\x07setting\x02\x03\0\x09\x0bsaved-state\x02\x03\0\x0a\x12virtio-description\x02\
-\x03\0\x0a\x07request\x02\x03\0\x01\x05timer\x02\x03\0\x05\x05store\x02\x03\0\x05\
-\x0bstore-error\x02\x03\0\x06\x04port\x01BH\x02\x03\x02\x01\x0c\x04\0\x0aerror-c\
-ode\x03\0\0\x02\x03\x02\x01\x0d\x04\0\x07setting\x03\0\x02\x02\x03\x02\x01\x0e\x04\
-\0\x0bsaved-state\x03\0\x04\x02\x03\x02\x01\x0f\x04\0\x12virtio-description\x03\0\
-\x06\x02\x03\x02\x01\x10\x04\0\x07request\x03\0\x08\x02\x03\x02\x01\x11\x04\0\x05\
-timer\x03\0\x0a\x02\x03\x02\x01\x04\x04\0\x07channel\x03\0\x0c\x02\x03\x02\x01\x12\
-\x04\0\x05store\x03\0\x0e\x02\x03\x02\x01\x13\x04\0\x0bstore-error\x03\0\x10\x02\
-\x03\x02\x01\x14\x04\0\x04port\x03\0\x12\x01i\x0b\x01p\x14\x01i\x0d\x01p\x16\x01\
-i\x0f\x01p\x18\x01i\x13\x01p\x1a\x01r\x04\x06timers\x15\x08channels\x17\x06store\
-s\x19\x05ports\x1b\x04\0\x11virtio-attachment\x03\0\x1c\x01k\x11\x01r\x02\x07req\
-uesty\x05error\x1e\x04\0\x0eoperation-done\x03\0\x1f\x01p\x03\x01j\x01\x07\x01\x01\
-\x01@\x01\x06config!\0\"\x04\0\x08describe\x01#\x01j\0\x01\x01\x01@\x01\x0aattac\
-hment\x1d\0$\x04\0\x05start\x01%\x01@\x01\x08featuresw\0$\x04\0\x08activate\x01&\
-\x01@\x02\x06offsety\x04size}\0w\x04\0\x0bconfig-read\x01'\x01@\x03\x06offsety\x04\
-size}\x05valuew\x01\0\x04\0\x0cconfig-write\x01(\x01p\x09\x01p}\x01@\x03\x05queu\
-e{\x08requests)\x05heads*\x01\0\x04\0\x0erequests-ready\x01+\x01p\x20\x01@\x01\x04\
-done,\x01\0\x04\0\x0foperations-done\x01-\x01@\x01\x04porty\x01\0\x04\0\x0aport-\
-ready\x01.\x04\0\x0cport-changed\x01.\x01@\x01\x05storey\x01\0\x04\0\x0dstore-ch\
-anged\x01/\x01@\x01\x07channely\x01\0\x04\0\x10channel-readable\x010\x04\0\x10ch\
-annel-writable\x010\x01@\x01\x05timery\x01\0\x04\0\x0btimer-fired\x011\x01@\x01\x07\
-setting\x03\0$\x04\0\x06adjust\x012\x01@\0\x01\0\x04\0\x05reset\x013\x01j\x01\x05\
-\x01\x01\x01@\0\04\x04\0\x04save\x015\x01@\x01\x05state\x05\0$\x04\0\x07restore\x01\
-6\x04\0\x20tenon:device/virtio-device@0.1.0\x05\x15\x04\0\x20tenon:device/virtio\
--plugin@0.1.0\x04\0\x0b\x13\x01\0\x0dvirtio-plugin\x03\0\0\0G\x09producers\x01\x0c\
-processed-by\x02\x0dwit-component\x070.258.3\x10wit-bindgen-rust\x060.61.1";
+ge\x09read-only\x08no-space\x0bunsupported\x02io\x04\0\x0bstore-error\x03\0\x02\x01\
+m\x06\x04read\x05write\x05flush\x07discard\x0cwrite-zeroes\x0cunmap-zeroes\x04\0\
+\x0eoperation-kind\x03\0\x04\x01r\x07\x07requesty\x04kind\x05\x06offsety\x06leng\
+thw\x08positionw\x07successw\x0esuccess-length}\x04\0\x09operation\x03\0\x06\x04\
+\0\x05store\x03\x01\x01h\x08\x01@\x01\x04self\x09\0\x01\x04\0\x12[method]store.i\
+nfo\x01\x0a\x01p\x07\x01@\x02\x04self\x09\x0aoperations\x0b\x01\0\x04\0\x13[meth\
+od]store.begin\x01\x0c\x03\0\x19tenon:device/stores@0.1.0\x05\x06\x01B\x13\x01n\x03\
+\x08checksum\x04tso4\x04tso6\x04\0\x08offloads\x03\0\0\x01p}\x01r\x05\x03mac\x02\
+\x03mtu{\x07link-up\x7f\x04send\x01\x07receive\x01\x04\0\x09port-info\x03\0\x03\x04\
+\0\x04port\x03\x01\x01h\x05\x01@\x01\x04self\x06\0\x04\x04\0\x11[method]port.inf\
+o\x01\x07\x01@\x02\x04self\x06\x08offloads\x01\x01\0\x04\0\x13[method]port.accep\
+t\x01\x08\x01py\x01@\x02\x04self\x06\x08requests\x09\x01\0\x04\0\x11[method]port\
+.send\x01\x0a\x01@\x02\x04self\x06\x03maxy\0\x09\x04\0\x14[method]port.waiting\x01\
+\x0b\x01p{\x01@\x03\x04self\x06\x06counts\x0c\x08requests\x09\x01\0\x04\0\x14[me\
+thod]port.receive\x01\x0d\x03\0\x18tenon:device/ports@0.1.0\x05\x07\x01B\x02\x01\
+@\x03\x07requesty\x06offsety\x06lengthy\0y\x04\0\x04fill\x01\0\x03\0\x1atenon:de\
+vice/entropy@0.1.0\x05\x08\x01B\x05\x01@\x01\x07requesty\0y\x04\0\x10release-num\
+bered\x01\0\x04\0\x0brelease-own\x01\0\x01@\0\0w\x04\0\x0bmemory-size\x01\x01\x03\
+\0\x1etenon:device/guest-pages@0.1.0\x05\x09\x01B\x19\x01q\x04\x07invalid\x01s\0\
+\x0bunsupported\x01s\0\x06schema\x01s\0\x05other\x01s\0\x04\0\x0aerror-code\x03\0\
+\0\x01r\x02\x03keys\x05values\x04\0\x07setting\x03\0\x02\x01m\x02\x03pio\x04mmio\
+\x04\0\x05space\x03\0\x04\x01kw\x01r\x04\x04names\x05space\x05\x04base\x06\x04si\
+zew\x04\0\x06region\x03\0\x07\x01m\x02\x04edge\x05level\x04\0\x07trigger\x03\0\x09\
+\x01ky\x01r\x02\x03gsi\x0b\x07trigger\x0a\x04\0\x0cline-request\x03\0\x0c\x01r\x02\
+\x03hids\x03uidy\x04\0\x09acpi-node\x03\0\x0e\x01p\x08\x01p\x0d\x01ps\x01k\x0f\x01\
+r\x05\x07regions\x10\x05lines\x11\x06timersy\x08channels\x12\x04acpi\x13\x04\0\x0b\
+description\x03\0\x14\x01p}\x01r\x02\x06schemay\x04data\x16\x04\0\x0bsaved-state\
+\x03\0\x17\x03\0\x18tenon:device/types@0.1.0\x05\x0a\x01B\x08\x01r\x03\x04names\x08\
+max-size{\x04head{\x04\0\x05queue\x03\0\0\x01p\x01\x01ps\x01r\x08\x0bdevice-type\
+{\x08featuresw\x06queues\x02\x0bconfig-size{\x06timersy\x08channels\x03\x06store\
+s\x03\x05ports\x03\x04\0\x12virtio-description\x03\0\x04\x01r\x04\x06handley\x08\
+readabley\x08writabley\x04heady\x04\0\x07request\x03\0\x06\x03\0\x1ftenon:device\
+/virtio-types@0.1.0\x05\x0b\x02\x03\0\x09\x0aerror-code\x02\x03\0\x09\x07setting\
+\x02\x03\0\x09\x0bsaved-state\x02\x03\0\x0a\x12virtio-description\x02\x03\0\x0a\x07\
+request\x02\x03\0\x01\x05timer\x02\x03\0\x05\x05store\x02\x03\0\x05\x0bstore-err\
+or\x02\x03\0\x06\x04port\x01BH\x02\x03\x02\x01\x0c\x04\0\x0aerror-code\x03\0\0\x02\
+\x03\x02\x01\x0d\x04\0\x07setting\x03\0\x02\x02\x03\x02\x01\x0e\x04\0\x0bsaved-s\
+tate\x03\0\x04\x02\x03\x02\x01\x0f\x04\0\x12virtio-description\x03\0\x06\x02\x03\
+\x02\x01\x10\x04\0\x07request\x03\0\x08\x02\x03\x02\x01\x11\x04\0\x05timer\x03\0\
+\x0a\x02\x03\x02\x01\x04\x04\0\x07channel\x03\0\x0c\x02\x03\x02\x01\x12\x04\0\x05\
+store\x03\0\x0e\x02\x03\x02\x01\x13\x04\0\x0bstore-error\x03\0\x10\x02\x03\x02\x01\
+\x14\x04\0\x04port\x03\0\x12\x01i\x0b\x01p\x14\x01i\x0d\x01p\x16\x01i\x0f\x01p\x18\
+\x01i\x13\x01p\x1a\x01r\x04\x06timers\x15\x08channels\x17\x06stores\x19\x05ports\
+\x1b\x04\0\x11virtio-attachment\x03\0\x1c\x01k\x11\x01r\x02\x07requesty\x05error\
+\x1e\x04\0\x0eoperation-done\x03\0\x1f\x01p\x03\x01j\x01\x07\x01\x01\x01@\x01\x06\
+config!\0\"\x04\0\x08describe\x01#\x01j\0\x01\x01\x01@\x01\x0aattachment\x1d\0$\x04\
+\0\x05start\x01%\x01@\x01\x08featuresw\0$\x04\0\x08activate\x01&\x01@\x02\x06off\
+sety\x04size}\0w\x04\0\x0bconfig-read\x01'\x01@\x03\x06offsety\x04size}\x05value\
+w\x01\0\x04\0\x0cconfig-write\x01(\x01p\x09\x01p}\x01@\x03\x05queue{\x08requests\
+)\x05heads*\x01\0\x04\0\x0erequests-ready\x01+\x01p\x20\x01@\x01\x04done,\x01\0\x04\
+\0\x0foperations-done\x01-\x01@\x01\x04porty\x01\0\x04\0\x0aport-ready\x01.\x04\0\
+\x0cport-changed\x01.\x01@\x01\x05storey\x01\0\x04\0\x0dstore-changed\x01/\x01@\x01\
+\x07channely\x01\0\x04\0\x10channel-readable\x010\x04\0\x10channel-writable\x010\
+\x01@\x01\x05timery\x01\0\x04\0\x0btimer-fired\x011\x01@\x01\x07setting\x03\0$\x04\
+\0\x06adjust\x012\x01@\0\x01\0\x04\0\x05reset\x013\x01j\x01\x05\x01\x01\x01@\0\0\
+4\x04\0\x04save\x015\x01@\x01\x05state\x05\0$\x04\0\x07restore\x016\x04\0\x20ten\
+on:device/virtio-device@0.1.0\x05\x15\x04\0\x20tenon:device/virtio-plugin@0.1.0\x04\
+\0\x0b\x13\x01\0\x0dvirtio-plugin\x03\0\0\0G\x09producers\x01\x0cprocessed-by\x02\
+\x0dwit-component\x070.258.3\x10wit-bindgen-rust\x060.61.1";
         };
     };
 }
@@ -3142,8 +3040,8 @@ pub use __export_virtio_plugin_impl as export;
 )]
 #[doc(hidden)]
 #[allow(clippy::octal_escapes)]
-pub static __WIT_BINDGEN_COMPONENT_TYPE: [u8; 2769] = *b"\
-\0asm\x0d\0\x01\0\0\x19\x16wit-component-encoding\x04\0\x07\xad\x14\x01A\x02\x01\
+pub static __WIT_BINDGEN_COMPONENT_TYPE: [u8; 2661] = *b"\
+\0asm\x0d\0\x01\0\0\x19\x16wit-component-encoding\x04\0\x07\xc1\x13\x01A\x02\x01\
 A\x17\x01B\x04\x01m\x05\x05error\x04warn\x04info\x05debug\x05trace\x04\0\x05leve\
 l\x03\0\0\x01@\x02\x05level\x01\x07messages\x01\0\x04\0\x03log\x01\x02\x03\0\x16\
 tenon:device/log@0.1.0\x05\0\x01B\x0a\x04\0\x05timer\x03\x01\x01h\0\x01@\x02\x04\
@@ -3161,47 +3059,45 @@ e\x01\x03\x01@\x02\x04self\x01\x03maxy\0\x02\x04\0\x14[method]channel.read\x01\x
 \x06\x01p\x03\x01@\x01\x07answers\x07\x01\0\x04\0\x08complete\x01\x08\x01h\x01\x01\
 @\x04\x07requesty\x06offsety\x06lengthy\x07channel\x09\0y\x04\0\x0ato-channel\x01\
 \x0a\x04\0\x0cfrom-channel\x01\x0a\x01@\0\x01\0\x04\0\x0econfig-changed\x01\x0b\x04\
-\0\x0bneeds-reset\x01\x0b\x03\0\x1btenon:device/requests@0.1.0\x05\x05\x01B\x12\x01\
+\0\x0bneeds-reset\x01\x0b\x03\0\x1btenon:device/requests@0.1.0\x05\x05\x01B\x0f\x01\
 r\x07\x04sizew\x0ablock-sizey\x0coptimal-sizey\x09read-only\x7f\x07discard\x7f\x0c\
 write-zeroes\x7f\x08identitys\x04\0\x0astore-info\x03\0\0\x01m\x05\x0cout-of-ran\
-ge\x09read-only\x08no-space\x0bunsupported\x02io\x04\0\x0bstore-error\x03\0\x02\x04\
-\0\x05store\x03\x01\x01h\x04\x01@\x01\x04self\x05\0\x01\x04\0\x12[method]store.i\
-nfo\x01\x06\x01p}\x01@\x06\x04self\x05\x07requesty\x06offsety\x06lengthy\x08posi\
-tionw\x07success\x07\x01\0\x04\0\x12[method]store.read\x01\x08\x04\0\x13[method]\
-store.write\x01\x08\x01@\x03\x04self\x05\x07requesty\x07success\x07\x01\0\x04\0\x13\
-[method]store.flush\x01\x09\x01@\x05\x04self\x05\x07requesty\x08positionw\x06len\
-gthw\x07success\x07\x01\0\x04\0\x15[method]store.discard\x01\x0a\x01@\x06\x04sel\
-f\x05\x07requesty\x08positionw\x06lengthw\x05unmap\x7f\x07success\x07\x01\0\x04\0\
-\x1a[method]store.write-zeroes\x01\x0b\x03\0\x19tenon:device/stores@0.1.0\x05\x06\
-\x01B\x13\x01n\x03\x08checksum\x04tso4\x04tso6\x04\0\x08offloads\x03\0\0\x01p}\x01\
-r\x05\x03mac\x02\x03mtu{\x07link-up\x7f\x04send\x01\x07receive\x01\x04\0\x09port\
--info\x03\0\x03\x04\0\x04port\x03\x01\x01h\x05\x01@\x01\x04self\x06\0\x04\x04\0\x11\
-[method]port.info\x01\x07\x01@\x02\x04self\x06\x08offloads\x01\x01\0\x04\0\x13[m\
-ethod]port.accept\x01\x08\x01py\x01@\x02\x04self\x06\x08requests\x09\x01\0\x04\0\
-\x11[method]port.send\x01\x0a\x01@\x02\x04self\x06\x03maxy\0\x09\x04\0\x14[metho\
-d]port.waiting\x01\x0b\x01p{\x01@\x03\x04self\x06\x06counts\x0c\x08requests\x09\x01\
-\0\x04\0\x14[method]port.receive\x01\x0d\x03\0\x18tenon:device/ports@0.1.0\x05\x07\
-\x01B\x02\x01@\x03\x07requesty\x06offsety\x06lengthy\0y\x04\0\x04fill\x01\0\x03\0\
-\x1atenon:device/entropy@0.1.0\x05\x08\x01B\x05\x01@\x01\x07requesty\0y\x04\0\x10\
-release-numbered\x01\0\x04\0\x0brelease-own\x01\0\x01@\0\0w\x04\0\x0bmemory-size\
-\x01\x01\x03\0\x1etenon:device/guest-pages@0.1.0\x05\x09\x01B\x19\x01q\x04\x07in\
-valid\x01s\0\x0bunsupported\x01s\0\x06schema\x01s\0\x05other\x01s\0\x04\0\x0aerr\
-or-code\x03\0\0\x01r\x02\x03keys\x05values\x04\0\x07setting\x03\0\x02\x01m\x02\x03\
-pio\x04mmio\x04\0\x05space\x03\0\x04\x01kw\x01r\x04\x04names\x05space\x05\x04bas\
-e\x06\x04sizew\x04\0\x06region\x03\0\x07\x01m\x02\x04edge\x05level\x04\0\x07trig\
-ger\x03\0\x09\x01ky\x01r\x02\x03gsi\x0b\x07trigger\x0a\x04\0\x0cline-request\x03\
-\0\x0c\x01r\x02\x03hids\x03uidy\x04\0\x09acpi-node\x03\0\x0e\x01p\x08\x01p\x0d\x01\
-ps\x01k\x0f\x01r\x05\x07regions\x10\x05lines\x11\x06timersy\x08channels\x12\x04a\
-cpi\x13\x04\0\x0bdescription\x03\0\x14\x01p}\x01r\x02\x06schemay\x04data\x16\x04\
-\0\x0bsaved-state\x03\0\x17\x03\0\x18tenon:device/types@0.1.0\x05\x0a\x01B\x08\x01\
-r\x03\x04names\x08max-size{\x04head{\x04\0\x05queue\x03\0\0\x01p\x01\x01ps\x01r\x08\
-\x0bdevice-type{\x08featuresw\x06queues\x02\x0bconfig-size{\x06timersy\x08channe\
-ls\x03\x06stores\x03\x05ports\x03\x04\0\x12virtio-description\x03\0\x04\x01r\x04\
-\x06handley\x08readabley\x08writabley\x04heady\x04\0\x07request\x03\0\x06\x03\0\x1f\
-tenon:device/virtio-types@0.1.0\x05\x0b\x04\0@tenon:device/virtio-plugin-with-al\
-l-of-its-exports-removed@0.1.0\x04\0\x0b3\x01\0-virtio-plugin-with-all-of-its-ex\
-ports-removed\x03\0\0\0G\x09producers\x01\x0cprocessed-by\x02\x0dwit-component\x07\
-0.258.3\x10wit-bindgen-rust\x060.61.1";
+ge\x09read-only\x08no-space\x0bunsupported\x02io\x04\0\x0bstore-error\x03\0\x02\x01\
+m\x06\x04read\x05write\x05flush\x07discard\x0cwrite-zeroes\x0cunmap-zeroes\x04\0\
+\x0eoperation-kind\x03\0\x04\x01r\x07\x07requesty\x04kind\x05\x06offsety\x06leng\
+thw\x08positionw\x07successw\x0esuccess-length}\x04\0\x09operation\x03\0\x06\x04\
+\0\x05store\x03\x01\x01h\x08\x01@\x01\x04self\x09\0\x01\x04\0\x12[method]store.i\
+nfo\x01\x0a\x01p\x07\x01@\x02\x04self\x09\x0aoperations\x0b\x01\0\x04\0\x13[meth\
+od]store.begin\x01\x0c\x03\0\x19tenon:device/stores@0.1.0\x05\x06\x01B\x13\x01n\x03\
+\x08checksum\x04tso4\x04tso6\x04\0\x08offloads\x03\0\0\x01p}\x01r\x05\x03mac\x02\
+\x03mtu{\x07link-up\x7f\x04send\x01\x07receive\x01\x04\0\x09port-info\x03\0\x03\x04\
+\0\x04port\x03\x01\x01h\x05\x01@\x01\x04self\x06\0\x04\x04\0\x11[method]port.inf\
+o\x01\x07\x01@\x02\x04self\x06\x08offloads\x01\x01\0\x04\0\x13[method]port.accep\
+t\x01\x08\x01py\x01@\x02\x04self\x06\x08requests\x09\x01\0\x04\0\x11[method]port\
+.send\x01\x0a\x01@\x02\x04self\x06\x03maxy\0\x09\x04\0\x14[method]port.waiting\x01\
+\x0b\x01p{\x01@\x03\x04self\x06\x06counts\x0c\x08requests\x09\x01\0\x04\0\x14[me\
+thod]port.receive\x01\x0d\x03\0\x18tenon:device/ports@0.1.0\x05\x07\x01B\x02\x01\
+@\x03\x07requesty\x06offsety\x06lengthy\0y\x04\0\x04fill\x01\0\x03\0\x1atenon:de\
+vice/entropy@0.1.0\x05\x08\x01B\x05\x01@\x01\x07requesty\0y\x04\0\x10release-num\
+bered\x01\0\x04\0\x0brelease-own\x01\0\x01@\0\0w\x04\0\x0bmemory-size\x01\x01\x03\
+\0\x1etenon:device/guest-pages@0.1.0\x05\x09\x01B\x19\x01q\x04\x07invalid\x01s\0\
+\x0bunsupported\x01s\0\x06schema\x01s\0\x05other\x01s\0\x04\0\x0aerror-code\x03\0\
+\0\x01r\x02\x03keys\x05values\x04\0\x07setting\x03\0\x02\x01m\x02\x03pio\x04mmio\
+\x04\0\x05space\x03\0\x04\x01kw\x01r\x04\x04names\x05space\x05\x04base\x06\x04si\
+zew\x04\0\x06region\x03\0\x07\x01m\x02\x04edge\x05level\x04\0\x07trigger\x03\0\x09\
+\x01ky\x01r\x02\x03gsi\x0b\x07trigger\x0a\x04\0\x0cline-request\x03\0\x0c\x01r\x02\
+\x03hids\x03uidy\x04\0\x09acpi-node\x03\0\x0e\x01p\x08\x01p\x0d\x01ps\x01k\x0f\x01\
+r\x05\x07regions\x10\x05lines\x11\x06timersy\x08channels\x12\x04acpi\x13\x04\0\x0b\
+description\x03\0\x14\x01p}\x01r\x02\x06schemay\x04data\x16\x04\0\x0bsaved-state\
+\x03\0\x17\x03\0\x18tenon:device/types@0.1.0\x05\x0a\x01B\x08\x01r\x03\x04names\x08\
+max-size{\x04head{\x04\0\x05queue\x03\0\0\x01p\x01\x01ps\x01r\x08\x0bdevice-type\
+{\x08featuresw\x06queues\x02\x0bconfig-size{\x06timersy\x08channels\x03\x06store\
+s\x03\x05ports\x03\x04\0\x12virtio-description\x03\0\x04\x01r\x04\x06handley\x08\
+readabley\x08writabley\x04heady\x04\0\x07request\x03\0\x06\x03\0\x1ftenon:device\
+/virtio-types@0.1.0\x05\x0b\x04\0@tenon:device/virtio-plugin-with-all-of-its-exp\
+orts-removed@0.1.0\x04\0\x0b3\x01\0-virtio-plugin-with-all-of-its-exports-remove\
+d\x03\0\0\0G\x09producers\x01\x0cprocessed-by\x02\x0dwit-component\x070.258.3\x10\
+wit-bindgen-rust\x060.61.1";
 #[inline(never)]
 #[doc(hidden)]
 pub fn __link_custom_section_describing_imports() {

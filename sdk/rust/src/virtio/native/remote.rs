@@ -3,12 +3,13 @@
 use std::ffi::c_void;
 
 use tenon_abi::{
-    Answer, Bytes, Handle, Level, Offloads, PortInfo, Request, Sink, StoreInfo, VirtioHost, wire,
+    Answer, Bytes, Handle, Level, Offloads, PortInfo, Request, RequestOperation, Sink, StoreInfo, VirtioHost,
+    wire,
 };
 
 use crate::device::hosted as device;
 use crate::native::count;
-use crate::virtio::hosted::{self, Range};
+use crate::virtio::hosted;
 
 /// The host's table with its context.
 #[derive(Clone, Copy)]
@@ -141,44 +142,9 @@ impl hosted::Host for Remote {
         wire::decode_store_info(&output).expect("the host describes a store that it gave")
     }
 
-    fn store_read(&self, store: u32, request: Handle, range: Range, success: &[u8]) {
-        let Range { offset, length, position } = range;
-        let success = Bytes::new(success);
+    fn store_begin(&self, store: u32, operations: &[RequestOperation]) {
         // SAFETY: see above.
-        unsafe { (self.table().store_read)(self.context, store, request, offset, length, position, success) }
-    }
-
-    fn store_write(&self, store: u32, request: Handle, range: Range, success: &[u8]) {
-        let Range { offset, length, position } = range;
-        let success = Bytes::new(success);
-        // SAFETY: see above.
-        unsafe { (self.table().store_write)(self.context, store, request, offset, length, position, success) }
-    }
-
-    fn store_flush(&self, store: u32, request: Handle, success: &[u8]) {
-        // SAFETY: see above.
-        unsafe { (self.table().store_flush)(self.context, store, request, Bytes::new(success)) }
-    }
-
-    fn store_discard(&self, store: u32, request: Handle, position: u64, length: u64, success: &[u8]) {
-        let success = Bytes::new(success);
-        // SAFETY: see above.
-        unsafe { (self.table().store_discard)(self.context, store, request, position, length, success) }
-    }
-
-    fn store_write_zeroes(
-        &self,
-        store: u32,
-        request: Handle,
-        position: u64,
-        length: u64,
-        unmap: bool,
-        success: &[u8],
-    ) {
-        let (unmap, success) = (unmap.into(), Bytes::new(success));
-        let call = self.table().store_write_zeroes;
-        // SAFETY: see above.
-        unsafe { call(self.context, store, request, position, length, unmap, success) }
+        unsafe { (self.table().store_begin)(self.context, store, operations.as_ptr(), count(operations)) }
     }
 
     fn port_info(&self, port: u32) -> PortInfo {
