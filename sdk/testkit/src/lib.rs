@@ -38,10 +38,13 @@
 //!
 //! The checks of virtio devices and stores are written over what they check ([`VirtioSubject`], [`StoreSubject`]), so that a host can run them on a plugin that it has loaded: [`suite`].
 //!
+//! [`fuzz`] gives any bytes to anything, in an ordinary test and under `cargo fuzz`; to a virtio device, as deeds of everyone around it.
+//!
 //! What is wrong with the test itself, such as an access outside the device's regions, panics.
 
 mod bench;
 mod conformance;
+pub mod fuzz;
 mod load;
 mod memory;
 mod outside;
