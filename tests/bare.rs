@@ -1,6 +1,6 @@
 //! The bare guests of tests/guests: each checks one corner of the machine, and must find the same on both engines.
 
-use tenon_tests::{Outcome, Tenon, has_kvm};
+use tenon_tests::{Outcome, Tenon, bare, has_kvm};
 
 /// Runs a guest that makes checks.
 #[track_caller]
@@ -191,4 +191,52 @@ fn a_native_library_of_the_same_source_behaves_the_same() {
     assert_eq!(component.stdout, native.stdout);
     assert_eq!(native.summary["devices"][0]["form"], "native", "{}", native.summary);
     assert_eq!(component.summary["devices"][0]["form"], "wasm", "{}", component.summary);
+}
+
+/// Random accesses by a guest with one of every device.
+#[track_caller]
+fn survives_random_accesses(engine: &str, seed: u32, steps: u32) {
+    let outcome = Tenon::run()
+        .args([
+            "--engine",
+            engine,
+            "--memory",
+            "128M",
+            "--device",
+            "exit",
+            "--device",
+            "virtio-console,ports=a",
+        ])
+        .args([
+            "--device",
+            "virtio-rng",
+            "--device",
+            "virtio-balloon",
+            "--disk",
+            "memory:1M",
+            "--net",
+            "user",
+        ])
+        .args(["--cmdline", &format!("seed={seed} steps={steps}"), "--kernel"])
+        .arg(bare("random"))
+        .outcome();
+    assert_eq!(outcome.status, 0, "{engine}, seed {seed}: {}", outcome.all());
+    assert!(outcome.stdout.ends_with("2 checks, 0 failed\n"), "{engine}, seed {seed}: {}", outcome.all());
+    assert!(!outcome.stderr.contains("panicked"), "{engine}, seed {seed}: {}", outcome.all());
+    // Every plugin that has registers was reached, and none broke.
+    for device in outcome.summary["devices"].as_array().expect("devices") {
+        let (calls, faults) = (device["calls"].as_u64(), device["faults"].as_u64());
+        let reached = calls > Some(0) || device["plugin"] == "virtio-rng" || engine == "kvm";
+        assert!(reached && faults == Some(0), "{engine}, seed {seed}: {}", outcome.all());
+    }
+}
+
+#[test]
+fn random_accesses_to_ports_device_memory_and_registers_harm_nobody() {
+    for seed in 1..=6 {
+        survives_random_accesses("soft", seed, 100_000);
+    }
+    if has_kvm() {
+        survives_random_accesses("kvm", 7, 20_000);
+    }
 }
