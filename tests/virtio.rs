@@ -205,3 +205,26 @@ fn linux_talks_to_the_host_through_the_user_network() {
     assert!(host.join().expect("the host's side") == content, "other bytes came back");
     assert_eq!(device(&outcome, "virtio-net")["faults"], 0);
 }
+
+#[track_caller]
+fn nothing_is_written_after_a_reset(engine: &str, rounds: u32, disk: &str) {
+    let outcome = Tenon::run()
+        .args(["--engine", engine, "--device", "exit", "--memory", "128M", "--disk", disk])
+        .args(["--cmdline", &format!("rounds={rounds}"), "--kernel"])
+        .arg(bare("resets"))
+        .outcome();
+    assert_eq!(outcome.status, 0, "{disk} on {engine}: {}", outcome.all());
+    assert!(outcome.stdout.contains("3 checks, 0 failed"), "{disk} on {engine}: {}", outcome.all());
+    assert_eq!(device(&outcome, "virtio-blk")["faults"], 0);
+}
+
+#[test]
+fn a_thousand_resets_with_requests_under_way_leave_memory_alone() {
+    let (_folder, file) = disk(&noise(4, MIB));
+    // Some answers come before the reset, some would come after it.
+    let slow = format!("fault:file:{},rules=any:chance=1/64:delay=300us", file.display());
+    nothing_is_written_after_a_reset("soft", 1000, &slow);
+    if has_kvm() {
+        nothing_is_written_after_a_reset("kvm", 24, &slow);
+    }
+}

@@ -87,9 +87,12 @@ pub struct Part {
 /// A device with one queue.
 pub struct Device {
     common: u64,
-    /// The queue's doorbell.
+    /// The notification registers, and how far apart they are.
     notify: u64,
+    stride: u64,
     queue: u16,
+    /// The queue's notification register.
+    doorbell: u64,
     config: u64,
     /// The first entry of the MSI-X table, if it interrupts.
     msix: Option<u64>,
@@ -144,13 +147,25 @@ impl Device {
             }
             at = (head >> 8) as u8;
         }
-        let mut device = Self { common, notify, queue, config, msix, made: 0, taken: 0 };
-        device.bring_up(features, stride).then_some(device)
+        let mut device = Self { common, notify, stride, queue, doorbell: 0, config, msix, made: 0, taken: 0 };
+        device.bring_up(features).then_some(device)
     }
 
-    fn bring_up(&mut self, features: u32, stride: u64) -> bool {
+    /// Resets the device, and returns when it says that it is: it must not touch memory any more.
+    pub fn reset(&self) {
         self.set_status(0);
         while self.status() != 0 {}
+    }
+
+    /// Brings the device up again with an empty queue, as [`Device::begin`] does. Whether it accepts this.
+    pub fn bring_up(&mut self, features: u32) -> bool {
+        self.reset();
+        (self.made, self.taken) = (0, 0);
+        // SAFETY: the device that used it is reset.
+        unsafe {
+            (&raw mut (*RING.at()).available).write_bytes(0, 1);
+            (&raw mut (*RING.at()).used).write_bytes(0, 1);
+        }
         self.set_status(ACKNOWLEDGE | DRIVER);
         let ring = RING.at();
         // SAFETY: registers of the device (virtio 1.2 §4.1.4.3), mapped one to one, and the ring, which nobody else uses.
@@ -166,7 +181,8 @@ impl Device {
                 return false;
             }
             ((self.common + 0x16) as *mut u16).write_volatile(self.queue);
-            self.notify += stride * u64::from(((self.common + 0x1e) as *const u16).read_volatile());
+            self.doorbell =
+                self.notify + self.stride * u64::from(((self.common + 0x1e) as *const u16).read_volatile());
             ((self.common + 0x18) as *mut u16).write_volatile(QUEUE as u16);
             for (register, place) in [
                 (0x20, &raw const (*ring).descriptors as u64),
@@ -188,6 +204,12 @@ impl Device {
         }
         self.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
         true
+    }
+
+    /// How many used entries the device says there are.
+    pub fn used_index(&self) -> u16 {
+        // SAFETY: reading memory that is always there.
+        unsafe { (&raw const (*RING.at()).used.index).read_volatile() }
     }
 
     fn status(&self) -> u8 {
@@ -240,7 +262,7 @@ impl Device {
             (&raw mut (*RING.at()).available[1]).write_volatile(self.made);
             fence(Ordering::SeqCst);
             if (&raw const (*RING.at()).used.flags).read_volatile() & 1 == 0 {
-                (self.notify as *mut u16).write_volatile(self.queue);
+                (self.doorbell as *mut u16).write_volatile(self.queue);
             }
         }
     }
