@@ -4,8 +4,12 @@
 //!
 //! - **Output takes no time.** A byte written is handed to the channel in the same call; the transmitter is always empty, and its interrupt is
 //!   pending again at once. When the channel is full, bytes are dropped, and the log says so and how many.
-//! - **Input is never lost.** Bytes are taken from the channel only when the guest asserts RTS and there is room in the FIFO. What is
-//!   typed before the guest opens its port waits outside, and a guest with hardware flow control holds the sender off.
+//! - **Input waits outside** until the guest takes it, and overruns nothing.
+//!   A guest that asserts DTR or RTS drives the modem lines, as Linux does from the moment on when the port is its console. It receives while it asserts RTS: what is typed before it opens its port
+//!   waits, and with hardware flow control it holds the sender off.
+//!   A guest that has asserted neither since power-on has a line of three wires, as PC firmware, and boot loaders that read by it. It receives when it looks: by its interrupt, or one byte whenever it
+//!   reads the line status and has read the byte before. A real sender without handshake would send in any case, and what nobody read in time would be lost.
+//!   Linux, where it opens a port that is not its console for the first time, looks too and throws away what it sees: up to three bytes typed before that are lost.
 //! - **No character time.** Bytes below the FIFO's trigger level raise the timeout interrupt at once.
 //! - Parity, framing and break do not happen; overrun happens in loopback mode only.
 
@@ -36,6 +40,8 @@ pub struct Serial {
 tenon_sdk::export_device!(Serial);
 
 impl Device for Serial {
+    const SCHEMA: u32 = uart::SCHEMA;
+
     fn describe(config: &Config) -> Result<Description> {
         let base = config.number_in("base", 0..=0xfff8_u16)?.unwrap_or(0x3f8);
         let irq = config.number_in("irq", 0..=23_u32)?.unwrap_or(4);
@@ -69,6 +75,9 @@ impl Device for Serial {
         let mut value = 0;
         for byte in 0..u64::from(size) {
             let register = offset + byte;
+            if register == uart::LSR {
+                self.take(self.uart.room_for_poller());
+            }
             value |= u64::from(self.uart.read(register)) << (8 * byte);
             if register == uart::DATA {
                 self.refill();
@@ -83,7 +92,7 @@ impl Device for Serial {
             if let Some(sent) = self.uart.write(register, byte) {
                 self.transmit(sent);
             }
-            if register == uart::MCR || register == uart::IIR_FCR {
+            if matches!(register, uart::MCR | uart::IIR_FCR | uart::IER) {
                 self.refill();
             }
         }
@@ -130,9 +139,12 @@ impl Serial {
         }
     }
 
-    /// Takes from the channel what the guest has room for.
+    /// Takes from the channel what the guest listens to.
     fn refill(&mut self) {
-        let room = self.uart.room();
+        self.take(self.uart.room());
+    }
+
+    fn take(&mut self, room: usize) {
         if self.readable && room > 0 {
             let bytes = self.channel.read(room);
             self.readable = bytes.len() == room;

@@ -5,6 +5,8 @@ use std::collections::VecDeque;
 
 use tenon_sdk::device::{Decoder, Encoder, Result};
 
+/// The schema of the state: 2 added whether the guest drives the modem lines.
+pub(crate) const SCHEMA: u32 = 2;
 /// The depth of the receive FIFO.
 pub(crate) const FIFO: usize = 16;
 
@@ -69,6 +71,8 @@ pub(crate) struct Uart {
     overrun: bool,
     /// The transmitter became empty since the guest was last told.
     transmit_empty: bool,
+    /// The guest has asserted DTR or RTS since power-on: it drives the modem lines, and RTS is the word by which it holds the sender off.
+    drives_lines: bool,
     received: VecDeque<u8>,
 }
 
@@ -86,6 +90,7 @@ impl Uart {
             scr: 0,
             overrun: false,
             transmit_empty: false,
+            drives_lines: false,
             received: VecDeque::with_capacity(FIFO),
         }
     }
@@ -143,7 +148,9 @@ impl Uart {
             IIR_FCR => {
                 let switched = (value ^ self.fcr) & FCR_ENABLE != 0;
                 let enabled = value & FCR_ENABLE != 0;
-                if switched || enabled && value & FCR_CLEAR_RECEIVER != 0 {
+                // What a poller was shown and has not read is as good as still on the line.
+                let came_by_itself = self.drives_lines || self.listens();
+                if came_by_itself && (switched || enabled && value & FCR_CLEAR_RECEIVER != 0) {
                     self.received.clear();
                 }
                 // The other bits take effect only together with the enable bit.
@@ -152,6 +159,8 @@ impl Uart {
             LCR => self.lcr = value,
             MCR => {
                 self.mcr = value & 0x1f;
+                // In loopback mode the outputs are off.
+                self.drives_lines |= !self.loopback() && value & (MCR_DTR | MCR_RTS) != 0;
                 self.update_modem_status();
             }
             SCR => self.scr = value,
@@ -172,9 +181,20 @@ impl Uart {
         }
     }
 
-    /// How many bytes the guest is ready to receive: none before it asserts RTS, and none while the chip talks to itself.
+    /// How many bytes may come in by themselves: what the FIFO has room for while the guest listens.
     pub(crate) fn room(&self) -> usize {
-        if self.mcr & (MCR_RTS | MCR_LOOPBACK) == MCR_RTS { self.depth() - self.received.len() } else { 0 }
+        if self.listens() { self.depth() - self.received.len() } else { 0 }
+    }
+
+    /// How many bytes may come in because the guest looks at the line status. One that drives no modem lines polls this way, and is given byte by byte.
+    pub(crate) fn room_for_poller(&self) -> usize {
+        if self.drives_lines || self.loopback() || !self.received.is_empty() { self.room() } else { 1 }
+    }
+
+    /// Whether the guest takes what comes: by RTS; or where it drives no modem lines, by its interrupt. Not while the chip talks to itself.
+    fn listens(&self) -> bool {
+        let wants = if self.drives_lines { self.mcr & MCR_RTS } else { self.ier & IER_RECEIVED };
+        wants != 0 && !self.loopback()
     }
 
     /// The level of the interrupt line. OUT2 drives the gate before it; in loopback mode all outputs are off.
@@ -239,15 +259,15 @@ impl Uart {
         }
     }
 
-    /// Writes the state, schema 1.
+    /// Writes the state, schema [`SCHEMA`].
     pub(crate) fn save(&self, state: &mut Encoder) {
         state.raw(&self.divisor).raw(&[self.ier, self.fcr, self.lcr, self.mcr, self.msr, self.scr]);
-        state.bool(self.overrun).bool(self.transmit_empty);
+        state.bool(self.overrun).bool(self.transmit_empty).bool(self.drives_lines);
         let received: Vec<u8> = self.received.iter().copied().collect();
         state.bytes(&received);
     }
 
-    /// Reads a state. Bits that no register has are dropped.
+    /// Reads a state of any schema. Bits that no register has are dropped. Schema 1 does not say whether the guest drives the modem lines: it does if it does now.
     pub(crate) fn restore(state: &mut Decoder<'_>) -> Result<Self> {
         let divisor = state.array()?;
         let [ier, fcr, lcr, mcr, msr, scr] = state.array()?;
@@ -261,6 +281,10 @@ impl Uart {
             scr,
             overrun: state.bool()?,
             transmit_empty: state.bool()?,
+            drives_lines: match state.schema() {
+                1 => mcr & (MCR_DTR | MCR_RTS) != 0,
+                _ => state.bool()?,
+            },
             received: VecDeque::with_capacity(FIFO),
         };
         uart.received.extend(state.bytes(uart.depth())?);

@@ -159,16 +159,102 @@ fn without_fifos_one_byte_is_held_and_the_others_wait() {
 fn input_waits_until_the_guest_is_ready_for_it() {
     let mut port = Port::new();
     port.typed(b"early");
-    assert_eq!(port.read(LSR) & 1, 0);
-    // A driver that opens its port clears the FIFOs first, and loses nothing by it.
+    // Linux: the port is probed, and becomes the console, which needs DTR and polls the line status for its output.
+    port.write(MCR, 0x1a);
+    port.write(MCR, 0);
     port.write(FCR, 0x07);
+    port.read(DATA);
+    port.write(MCR, 0x01);
+    assert_eq!(port.read(LSR) & 1, 0, "RTS was not asserted yet");
+    // Opening the port clears the FIFOs and the receiver first, and loses nothing by it.
+    port.write(FCR, 0x07);
+    port.read(LSR);
+    port.read(DATA);
     port.write(MCR, OPEN);
     assert_eq!(port.read_all(), b"early");
-    port.write(MCR, OPEN & !2);
-    port.typed(b"held");
-    assert_eq!(port.read(LSR) & 1, 0, "RTS is off");
-    port.write(MCR, OPEN);
-    assert_eq!(port.read_all(), b"held");
+    for closed in [OPEN & !2, 0] {
+        port.write(MCR, closed);
+        port.typed(b"held");
+        assert_eq!(port.read(LSR) & 1, 0, "RTS is off");
+        port.write(FCR, 0x07);
+        port.write(MCR, OPEN);
+        assert_eq!(port.read_all(), b"held");
+    }
+}
+
+#[test]
+fn a_guest_that_drives_no_modem_lines_is_given_what_it_polls_for() {
+    let mut port = Port::new();
+    port.write(FCR, 0x01);
+    port.write(MCR, 0);
+    port.typed(b"keys");
+    assert_eq!(port.read(DATA), 0, "nothing comes unasked");
+    assert_eq!(port.0.channel("console").pending(), 4);
+    assert_eq!(port.read(LSR) & 1, 1);
+    assert_eq!(port.read(LSR) & 1, 1);
+    assert_eq!(port.0.channel("console").pending(), 3, "one byte is shown until it is read");
+    port.write(FCR, 0x07);
+    assert_eq!(port.read_all(), b"keys", "what was shown survives a clearing of the FIFOs");
+    port.typed(&[b'x'; 100]);
+    assert_eq!(port.read_all(), [b'x'; 100]);
+    assert!(!port.high());
+    // Without FIFOs as well.
+    port.write(FCR, 0);
+    port.typed(b"more");
+    assert_eq!(port.read_all(), b"more");
+    // Until it drives them; then RTS counts, as long as the machine is on.
+    port.typed(b"later");
+    port.write(MCR, 0x01);
+    port.write(MCR, 0);
+    assert_eq!(port.read(LSR) & 1, 0);
+    port.0.round_trip();
+    assert_eq!(port.read(LSR) & 1, 0);
+    port.0.reset();
+    assert_eq!(port.read_all(), b"later");
+}
+
+#[test]
+fn a_guest_that_drives_no_modem_lines_may_listen_by_its_interrupt() {
+    let mut port = Port::new();
+    port.write(FCR, 0x01);
+    port.write(MCR, 0x08);
+    port.typed(b"ab");
+    assert!(!port.high());
+    port.write(IER, 1);
+    assert!(port.high());
+    assert_eq!(port.read(IIR), 0xc4);
+    assert_eq!(port.read_all(), b"ab");
+    assert!(!port.high());
+    port.typed(b"c");
+    assert!(port.high());
+    assert_eq!(port.read(DATA), u64::from(b'c'));
+}
+
+#[test]
+fn loopback_shows_nothing_of_the_line() {
+    let mut port = Port::new();
+    port.write(MCR, LOOPBACK);
+    port.typed(b"k");
+    assert_eq!(port.read(LSR) & 1, 0);
+    port.write(MCR, LOOPBACK | 3);
+    port.write(MCR, 0);
+    assert_eq!(port.read_all(), b"k", "in loopback mode RTS is not asserted");
+}
+
+#[test]
+fn a_state_of_the_version_before_is_read() {
+    for (modem, given) in [(0, 1), (1, 0), (OPEN, 1)] {
+        let mut port = Port::new();
+        port.write(MCR, modem);
+        let mut state = port.0.save();
+        assert_eq!(state.schema, 2);
+        // Behind the divisor, six registers and two flags.
+        state.data.remove(10);
+        state.schema = 1;
+        let mut port = Port(Bench::restored(&[], &state).unwrap());
+        port.typed(b"k");
+        assert_eq!(port.read(LSR) & 1, given, "{modem:#x}");
+    }
 }
 
 #[test]
