@@ -1,16 +1,18 @@
 //! `--firmware [FILE]` and `--nvram STORE:PLACE`: the machine starts in PC firmware, which keeps its variables in a store.
 //!
 //! The code is mapped as ROM that ends at 4 GiB, the variables are a flash chip right below it. Their first content is the file beside the code whose name has `VARS`
-//! for `CODE`, as distributions install them. Without `--nvram` they are forgotten with the machine; a store that is blank is given that first content.
+//! for `CODE`, as distributions install them. Without `--nvram` they are forgotten with the machine; a store that is blank is given that first content, and one that holds something else than
+//! variables is left alone: firmware makes anew what it does not know.
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
+use tenon_abi::StoreError;
 use tenon_core::{HIGH_BASE, Machine, Ram, Rom};
 use tenon_platform::{FirmwareBoard, FirmwareParts, Flash, FlashStore, Pci, Platform};
-use tenon_plugins::{MachineParts, Store};
+use tenon_plugins::{MAX_TRANSFER, MachineParts, Store, read_bounded};
 
 use crate::Usage;
 use crate::args::RunArgs;
@@ -38,7 +40,7 @@ struct Nvram(Arc<Store>);
 
 impl FlashStore for Nvram {
     fn keep(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.0.write(offset, bytes.to_vec()).map_err(|error| io::Error::other(error.to_string()))
+        write(&self.0, offset, bytes).map_err(io::Error::other)
     }
 }
 
@@ -66,8 +68,9 @@ impl Firmware {
         let (variables, store) = match &args.nvram {
             None => (first, None),
             Some(spec) => {
-                let store = spec.open(shelf, "nvram")?.store;
-                let content = content(&store, first).with_context(|| format!("--nvram {spec}"))?;
+                let named = || format!("--nvram {spec}");
+                let store = spec.open(shelf, "nvram").with_context(named)?.store;
+                let content = content(&store, first).with_context(named)?;
                 (Some(content), Some(store))
             }
         };
@@ -113,12 +116,7 @@ impl Firmware {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
-    let named = || format!("firmware `{}`", path.display());
-    let size = std::fs::metadata(path).with_context(named)?.len();
-    if size > LARGEST {
-        bail!("{} has {size} bytes; firmware has at most 16 MiB", named());
-    }
-    std::fs::read(path).with_context(named)
+    read_bounded(path, LARGEST).with_context(|| format!("firmware `{}`", path.display()))
 }
 
 /// What the store holds, or where it is blank, the first content, which is put there.
@@ -136,14 +134,46 @@ fn content(store: &Store, first: Option<Vec<u8>>) -> Result<Vec<u8>> {
     {
         bail!("the store has {} bytes; this firmware's variables have {}", info.size, first.len());
     }
-    let there = store.read(0, info.size)?;
+    let there = read_all(store, info.size)?;
     if there.iter().any(|byte| *byte != 0) {
+        let header = first.as_deref().map(volume_header).unwrap_or_default();
+        if !there.starts_with(header) {
+            bail!(
+                "the store holds something else than this firmware's variables; give it a blank store, such as a new file of {} bytes",
+                info.size
+            );
+        }
         return Ok(there);
     }
     let first = first.ok_or_else(|| {
         anyhow!("the store is blank, and there is no file of first variables beside the code")
     })?;
-    store.write(0, first.clone())?;
-    store.flush()?;
+    write(store, 0, &first).and_then(|()| store.flush())?;
     Ok(first)
+}
+
+/// The header of a UEFI volume with its block map (PI 1.7 vol. 3 §3.2.1), which stays as it is for as long as the volume does; nothing of what is no such volume.
+fn volume_header(volume: &[u8]) -> &[u8] {
+    const SIGNATURE: std::ops::Range<usize> = 40..44;
+    const LENGTH: usize = 48;
+    let is_volume = volume.get(SIGNATURE) == Some(b"_FVH");
+    let length = volume.get(LENGTH..LENGTH + 2).map_or(0, |bytes| u16::from_le_bytes([bytes[0], bytes[1]]));
+    volume.get(..length.into()).filter(|_| is_volume).unwrap_or_default()
+}
+
+fn read_all(store: &Store, size: u64) -> Result<Vec<u8>, StoreError> {
+    let mut bytes = Vec::new();
+    while (bytes.len() as u64) < size {
+        let at = bytes.len() as u64;
+        bytes.extend(store.read(at, MAX_TRANSFER.min(size - at))?);
+    }
+    Ok(bytes)
+}
+
+fn write(store: &Store, offset: u64, bytes: &[u8]) -> Result<(), StoreError> {
+    let most = usize::try_from(MAX_TRANSFER).unwrap_or(usize::MAX);
+    for (at, piece) in (offset..).step_by(most).zip(bytes.chunks(most)) {
+        store.write(at, piece.to_vec())?;
+    }
+    Ok(())
 }

@@ -42,7 +42,7 @@ const STEPS: [(&str, How); 9] = [
     ("clippy", How::Chore(&["clippy"])),
     ("docs", How::Cargo(&["doc", "--release", "--workspace", "--no-deps", "--quiet"])),
     ("build", How::Chore(&["build"])),
-    ("guests", How::Chore(&["guests"])),
+    ("guests", How::Chore(&["guests", "--firmware"])),
     ("tests", How::Tests(&["test", "--release", "--workspace", "--no-fail-fast"])),
     ("examples", How::Examples),
 ];

@@ -96,7 +96,7 @@ impl KvmVm {
             power_on: Vec::new(),
         };
         vm.map_memory(false)?;
-        vm.map_roms()?;
+        vm.map_roms(kvm)?;
         vm.power_on = vm.chips()?;
         Ok(Arc::new(vm))
     }
@@ -120,8 +120,13 @@ impl KvmVm {
     }
 
     /// Gives the kernel each ROM as a read-only slot, after those of RAM. A write to it comes here as one to a device.
-    fn map_roms(&self) -> Result<(), EngineError> {
+    fn map_roms(&self, kvm: &kvm_ioctls::Kvm) -> Result<(), EngineError> {
         let ram = &self.shared.setup.ram;
+        if !ram.roms().is_empty() && !kvm.check_extension(kvm_ioctls::Cap::ReadonlyMem) {
+            return Err(EngineError::Invalid(
+                "this kernel's KVM has no read-only memory (KVM_CAP_READONLY_MEM), which firmware lies in; use --engine soft".into(),
+            ));
+        }
         let first = u32::try_from(ram.regions().count()).unwrap_or(u32::MAX);
         for (slot, rom) in (first..).zip(ram.roms()) {
             let region = kvm_userspace_memory_region {

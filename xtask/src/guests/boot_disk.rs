@@ -62,37 +62,53 @@ pub(crate) fn make(refresh: bool) -> Result<PathBuf> {
 fn build(folder: &Path, root: &Disk, image: &Path) -> Result<()> {
     eprintln!("guests: making a Debian disk that boots by itself");
     let scratch = tempfile::tempdir_in(folder).context("cannot make a folder in the cache")?;
-    let at = |name: &str| scratch.path().join(name);
-    run(command("apt-get").args(["-qq", "download", GRUB]).current_dir(scratch.path()))?;
-    let mut files = fs::read_dir(scratch.path())?.flatten().map(|entry| entry.path());
-    let package = files.find(|path| path.extension().is_some_and(|extension| extension == "deb"));
-    let package = package.with_context(|| format!("apt-get fetched no package {GRUB}"))?;
-    run(command("dpkg-deb").arg("-x").arg(package).arg(at("grub")))?;
-    fs::write(at("grub.cfg"), GRUB_CONFIG)?;
-    system_partition(&at("esp.img"), &at("grub").join(GRUB_IMAGE), &at("grub.cfg"))?;
+    partitioned(scratch.path(), GRUB_CONFIG, &[], Some(&root.image))?;
+    fs::rename(scratch.path().join("boot.img"), image).context("cannot move the boot disk into the cache")
+}
 
-    let size = fs::metadata(&root.image)?.len();
+/// Fetches a Debian package and unpacks it into a new folder of its name.
+pub(super) fn unpack(scratch: &Path, package: &str) -> Result<PathBuf> {
+    run(command("apt-get").args(["-qq", "download", package]).current_dir(scratch))?;
+    let mut files = fs::read_dir(scratch)?.flatten().map(|entry| entry.path());
+    let file = files.find(|path| {
+        path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&format!("{package}_")))
+    });
+    let file = file.with_context(|| format!("apt-get fetched no package {package}"))?;
+    run(command("dpkg-deb").arg("-x").arg(file).arg(scratch.join(package)))?;
+    Ok(scratch.join(package))
+}
+
+/// Makes `boot.img` in a folder: GRUB with this configuration and these files in the system partition, and perhaps a root file system behind it.
+pub(super) fn partitioned(
+    scratch: &Path,
+    config: &str,
+    files: &[(&Path, &str)],
+    root: Option<&Path>,
+) -> Result<()> {
+    let at = |name: &str| scratch.join(name);
+    let grub = unpack(scratch, GRUB)?.join(GRUB_IMAGE);
+    fs::write(at("grub.cfg"), config)?;
+    system_partition(&at("esp.img"), &grub, &at("grub.cfg"), files)?;
+    let size = root.map_or(Ok(0), |root| fs::metadata(root).map(|file| file.len()))?;
     let whole = at("boot.img");
     let file = File::options().read(true).write(true).create_new(true).open(&whole)?;
     file.set_len(ESP.0 + ESP.1 + size + MIB)?;
     let sectors = |bytes: u64| bytes / 512;
-    let layout = format!(
-        "label: gpt\nstart={}, size={}, type=U\nstart={}, size={}, type=L\n",
-        sectors(ESP.0),
-        sectors(ESP.1),
-        sectors(ESP.0 + ESP.1),
-        sectors(size)
-    );
+    let mut layout = format!("label: gpt\nstart={}, size={}, type=U\n", sectors(ESP.0), sectors(ESP.1));
+    if root.is_some() {
+        layout += &format!("start={}, size={}, type=L\n", sectors(ESP.0 + ESP.1), sectors(size));
+    }
     fs::write(at("layout"), layout)?;
     run(command("sfdisk").args(["-q", "--no-reread"]).arg(&whole).stdin(File::open(at("layout"))?))?;
     copy(&File::open(at("esp.img"))?, &file, ESP.0)?;
-    copy(&File::open(&root.image)?, &file, ESP.0 + ESP.1)?;
-    drop(file);
-    fs::rename(whole, image).context("cannot move the boot disk into the cache")
+    if let Some(root) = root {
+        copy(&File::open(root)?, &file, ESP.0 + ESP.1)?;
+    }
+    Ok(())
 }
 
 /// A FAT file system with GRUB as what firmware starts by default.
-fn system_partition(image: &Path, grub: &Path, config: &Path) -> Result<()> {
+fn system_partition(image: &Path, grub: &Path, config: &Path, files: &[(&Path, &str)]) -> Result<()> {
     File::create(image)?.set_len(ESP.1)?;
     let on = |program: &str| {
         let mut command = command(program);
@@ -103,6 +119,9 @@ fn system_partition(image: &Path, grub: &Path, config: &Path) -> Result<()> {
     run(on("mmd").args(["::/EFI", "::/EFI/BOOT", "::/EFI/debian"]))?;
     run(on("mcopy").arg(grub).arg(DEFAULT_LOADER))?;
     run(on("mcopy").arg(config).arg(CONFIG))?;
+    for (file, place) in files {
+        run(on("mcopy").arg(file).arg(place))?;
+    }
     let there = capture(on("mdir").args(["-b", "-/", "::"]))?;
     if !there.contains("BOOTX64.EFI") || !there.contains("grub.cfg") {
         bail!("the EFI system partition lacks its files:\n{there}");

@@ -131,7 +131,7 @@ fn usable(folder: &Path, inputs: &str) -> Result<String> {
     Ok(manifest.release)
 }
 
-fn digest_of(file: &Path) -> Result<String> {
+pub(super) fn digest_of(file: &Path) -> Result<String> {
     let bytes = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
     Ok(blake3::hash(&bytes).to_string())
 }

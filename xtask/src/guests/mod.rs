@@ -4,6 +4,7 @@
 //!   `busybox-static` with the init script of tests/guests/linux. Kept in the user's cache, checked by digest at every use.
 //! - A whole Debian on a disk, for those chores that need it: made from packages by mmdebstrap, kept in the same cache.
 //! - The same disk with a partition table and Debian's GRUB, for machines with PC firmware.
+//! - Debian's OVMF, and a small disk with GRUB that starts the first of these, for the tests of firmware.
 //! - Bare guests: the small programs of tests/guests, built into the target folder; with them, the plugins that misbehave on purpose.
 
 mod bare;
@@ -11,6 +12,7 @@ mod boot_disk;
 mod cpio;
 mod debian;
 mod disk;
+mod firmware;
 mod kernel;
 mod modules;
 
@@ -33,6 +35,9 @@ pub(crate) struct Options {
     /// Make the Debian disk that PC firmware boots as well
     #[arg(long)]
     boot_disk: bool,
+    /// Fetch PC firmware and make the small disk that its tests boot as well
+    #[arg(long)]
+    firmware: bool,
 }
 
 /// Makes all guests and says where they are.
@@ -53,6 +58,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
     if options.boot_disk {
         println!("{}", boot_disk::make(options.refresh)?.display());
+    }
+    if options.firmware {
+        for file in firmware::make(&debian, options.refresh)? {
+            println!("{}", file.display());
+        }
     }
     for guest in bare()? {
         println!("{}", guest.display());

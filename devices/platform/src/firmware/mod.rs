@@ -28,6 +28,9 @@ use fw_cfg::FwCfg;
 pub(crate) use pm::PORT as PM_PORT;
 use pm::PmRegisters;
 
+/// Flash, code and variables, lies from here on: behind the interrupt controllers and what KVM keeps for itself.
+const FLASH_START: u64 = HIGH_BASE - (16 << 20);
+
 /// What firmware needs of a machine.
 pub struct FirmwareParts<'a> {
     /// RAM, and the ROM that holds the firmware's code.
@@ -56,7 +59,7 @@ pub enum FirmwareError {
     #[error(transparent)]
     Acpi(#[from] AcpiError),
     /// The variables do not fit.
-    #[error("{size:#x} bytes of firmware variables do not fit below the firmware's code at {code:#x}")]
+    #[error("{size:#x} bytes of firmware variables do not fit below the firmware's code at {code:#x}: all of it lies in the last 16 MiB below 4 GiB")]
     Variables {
         /// How many bytes.
         size: u64,
@@ -95,7 +98,7 @@ impl FirmwareBoard {
         let flash = parts.variables.map(Arc::new);
         if let Some(flash) = &flash {
             let size = flash.size();
-            let base = code.checked_sub(size).filter(|base| *base >= crate::pci::ECAM_BASE + (256 << 20));
+            let base = code.checked_sub(size).filter(|base| *base >= FLASH_START);
             let base = base.ok_or(FirmwareError::Variables { size, code })?;
             claims.push(parts.mmio.claim("flash", base, size, flash.clone())?);
         }
