@@ -131,7 +131,10 @@ fn a_restarted_machine_begins_in_rom_again_with_what_it_wrote_to_flash() {
 #[test]
 fn what_cannot_be_firmware_is_refused_by_name() {
     let run = |code: &[u8]| Firmware::new(code, &[]).run("soft").outcome();
-    Tenon::run().args(["--firmware", "/nowhere/OVMF.fd"]).outcome().refused(1, &["/nowhere/OVMF.fd", "No such file"]);
+    Tenon::run()
+        .args(["--firmware", "/nowhere/OVMF.fd"])
+        .outcome()
+        .refused(1, &["/nowhere/OVMF.fd", "No such file"]);
     Tenon::run().args(["--firmware", "/usr"]).outcome().refused(1, &["/usr", "a folder"]);
     Tenon::run().args(["--firmware", "/dev/zero"]).outcome().refused(1, &["/dev/zero", "a device"]);
     run(&[]).refused(1, &["CODE.fd"]);
@@ -139,7 +142,10 @@ fn what_cannot_be_firmware_is_refused_by_name() {
     run(&[1; (16 << 20) + 4096]).refused(1, &["CODE.fd", "larger"]);
     run(&[0xff; 4096]).refused(1, &["firmware", "nothing there"]);
     // All of it together is too large for its place.
-    Firmware::new(&[1; (16 << 20) - 4096], &[0xf0; FLASH]).run("soft").outcome().refused(1, &["variables", "16 MiB"]);
+    Firmware::new(&[1; (16 << 20) - 4096], &[0xf0; FLASH])
+        .run("soft")
+        .outcome()
+        .refused(1, &["variables", "16 MiB"]);
 }
 
 #[test]
@@ -148,6 +154,8 @@ fn a_store_that_cannot_hold_the_variables_is_refused_and_left_alone() {
         let mut volume = vec![0xff; FLASH];
         volume[40..44].copy_from_slice(b"_FVH");
         (volume[48], volume[49]) = (length, 0);
+        // The variables' own header is behind it: formatted.
+        volume[usize::from(length) + 20] = 0x5a;
         volume
     };
     let firmware = Firmware::new(&fs::read(&Firmware::bare(b'E').code).expect("a file"), &header(0x48));
@@ -162,6 +170,9 @@ fn a_store_that_cannot_hold_the_variables_is_refused_and_left_alone() {
     with(&[0; FLASH], ",ro").refused(1, &["--nvram", "read-only"]);
     with(&[b'x'; FLASH], "").refused(1, &["--nvram", "something else"]);
     with(&header(0x50), "").refused(1, &["--nvram", "something else"]);
+    let mut variables = header(0x48);
+    variables[0x48] = 0;
+    with(&variables, "").refused(1, &["--nvram", "something else"]);
     let outcome = firmware.run("soft").args(["--nvram", "file:/nowhere/nvram"]).outcome();
     outcome.refused(1, &["--nvram", "/nowhere/nvram", "does not exist"]);
     let outcome = Tenon::plain_debian().args(["--nvram", "memory:8K"]).outcome();
@@ -180,4 +191,103 @@ fn flash_whose_store_fails_tells_the_guest_and_goes_on() {
     assert!(outcome.stdout.contains("ok PM timer: runs\n"), "{}", outcome.all());
     assert!(outcome.stderr.contains("variables cannot be kept"), "{}", outcome.all());
     assert_eq!(fs::read(nvram).expect("the store"), before);
+}
+
+/// A file of OVMF and its disk, if they were made; if not, says that the test is not run.
+fn ovmf(file: &str) -> Option<PathBuf> {
+    let path = debian("firmware").join(file);
+    if path.is_file() {
+        return Some(path);
+    }
+    println!("not run: {} is missing; run `cargo xtask guests --firmware`", path.display());
+    None
+}
+
+/// OVMF on the software engine, with its variables in this file, and without a disk that it could boot.
+fn shell(code: &Path, nvram: &Path) -> Tenon {
+    let tenon =
+        Tenon::run().args(["--engine", "soft", "--memory", "256M", "--disk", "memory:1M", "--firmware"]);
+    kept_in(tenon.arg(code), nvram)
+}
+
+/// What comes out without the sequences that move the cursor and change colours. OVMF and GRUB place every character.
+fn text(outcome: &Outcome) -> String {
+    let mut plain = String::new();
+    let mut parts = outcome.stdout.split("\x1b[");
+    plain.push_str(parts.next().unwrap_or_default());
+    for part in parts {
+        let end = part.find(|c: char| c.is_ascii_alphabetic()).map_or(part.len(), |at| at + 1);
+        plain.push_str(&part[end..]);
+    }
+    plain
+}
+
+#[test]
+fn keys_reach_grub_and_linux_resets_by_efi() {
+    let (Some(code), Some(disk)) = (ovmf("OVMF_CODE_4M.fd"), ovmf("boot.img")) else { return };
+    // Down, and edit the second entry: at the end of its third line. The first would power off, after a countdown that is longer than this test.
+    let outcome = Tenon::run()
+        .args(["--engine", "soft", "--memory", "256M", "--firmware"])
+        .arg(code)
+        .arg("--disk")
+        .arg(format!("overlay:file:{}", disk.display()))
+        .typing("GNU GRUB", "\x1b[Be")
+        .typing("setparams", "\x1b[B\x1b[B\x05 tenon.edited=yes\x18")
+        .outcome();
+    assert_eq!(outcome.status, 3, "{}", outcome.all());
+    assert_eq!(outcome.summary["end"], "reset", "{}", outcome.all());
+    let command_line =
+        outcome.stdout.lines().find(|line| line.contains("Command line: ")).unwrap_or_default();
+    assert!(command_line.ends_with("tenon.do=reboot tenon.edited=yes"), "{}", outcome.all());
+    assert!(outcome.stdout.contains("EFI v2.7"), "{}", outcome.all());
+    assert!(outcome.stdout.contains("TENON-GUEST-READY"), "{}", outcome.all());
+}
+
+#[test]
+fn variables_are_kept_over_resets_and_machines() {
+    const VARIABLE: &str = "setvar Kept -guid 0e1aef3b-6f5c-4c1c-9d6b-2b1a58a1f0aa";
+    let Some(code) = ovmf("OVMF_CODE_4M.fd") else { return };
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let nvram = folder.path().join("nvram");
+    // Blank: the first content is put there.
+    fs::write(&nvram, vec![0; 540_672]).expect("a file");
+    let first = shell(&code, &nvram)
+        .typing("Shell> ", &format!("{VARIABLE} -nv -bs -rt =4d656e64\r"))
+        .typing("Shell> ", "reset -s\r")
+        .outcome();
+    assert_eq!(first.status, 0, "{}", first.all());
+    assert_eq!(first.summary["end"], "power-off", "{}", first.all());
+    // With nothing to boot, OVMF says what there is and starts its shell.
+    assert!(text(&first).contains("EFI Internal Shell") && text(&first).contains("BLK0:"), "{}", first.all());
+    let kept = fs::read(&nvram).expect("the store");
+    let name: Vec<u8> = "Kept".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    assert!(kept.windows(name.len()).any(|bytes| bytes == name), "the variable is not in the store");
+    // The setup is left by its last item.
+    let second = shell(&code, &nvram)
+        .typing("Shell> ", &format!("{VARIABLE}\r"))
+        .typing("Shell> ", "exit\r")
+        .typing("Select Entry", "\x1b[A")
+        .typing("Reset", "\r")
+        .outcome();
+    assert_eq!(second.status, 3, "{}", second.all());
+    assert!(text(&second).contains("4D 65 6E 64"), "{}", second.all());
+    assert!(text(&second).contains("Boot Maintenance Manager"), "{}", second.all());
+}
+
+#[test]
+fn ovmf_makes_damaged_variables_anew() {
+    let (Some(code), Some(first)) = (ovmf("OVMF_CODE_4M.fd"), ovmf("OVMF_VARS_4M.fd")) else { return };
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let nvram = folder.path().join("nvram");
+    let mut damaged = fs::read(first).expect("the variables");
+    let mut noise = 0x2545_f491_4f6c_dd1d_u64;
+    for byte in &mut damaged[0x64..] {
+        noise = noise.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+        *byte = noise.to_le_bytes()[7];
+    }
+    fs::write(&nvram, &damaged).expect("a file");
+    let outcome = shell(&code, &nvram).typing("Shell> ", "reset -s\r").outcome();
+    assert_eq!(outcome.status, 0, "{}", outcome.all());
+    let mended = fs::read(&nvram).expect("the store");
+    assert!(mended[..0x64] == damaged[..0x64] && mended[0x64..0x68] == [0xaa, 0x55, 0x3f, 0], "not mended");
 }

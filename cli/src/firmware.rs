@@ -152,13 +152,19 @@ fn content(store: &Store, first: Option<Vec<u8>>) -> Result<Vec<u8>> {
     Ok(first)
 }
 
-/// The header of a UEFI volume with its block map (PI 1.7 vol. 3 §3.2.1), which stays as it is for as long as the volume does; nothing of what is no such volume.
+/// What stays as it is for as long as a UEFI volume of variables does: the volume's header (PI 1.7 vol. 3 §3.2.1) and, where the volume is formatted, that of the variables (edk2,
+/// `VARIABLE_STORE_HEADER`). Nothing of what is no such volume.
 fn volume_header(volume: &[u8]) -> &[u8] {
     const SIGNATURE: std::ops::Range<usize> = 40..44;
     const LENGTH: usize = 48;
+    const VARIABLES: usize = 28;
+    const FORMATTED: (usize, u8) = (20, 0x5a);
     let is_volume = volume.get(SIGNATURE) == Some(b"_FVH");
     let length = volume.get(LENGTH..LENGTH + 2).map_or(0, |bytes| u16::from_le_bytes([bytes[0], bytes[1]]));
-    volume.get(..length.into()).filter(|_| is_volume).unwrap_or_default()
+    let length = usize::from(length);
+    let is_formatted = volume.get(length + FORMATTED.0) == Some(&FORMATTED.1);
+    let end = if is_formatted { length + VARIABLES } else { length };
+    volume.get(..end).filter(|_| is_volume).unwrap_or_default()
 }
 
 fn read_all(store: &Store, size: u64) -> Result<Vec<u8>, StoreError> {

@@ -149,7 +149,10 @@ fn instruction(fd: &VcpuFd, ram: &Ram, state: &CpuState) -> Vec<u8> {
         let rest = (PAGE - linear % PAGE).min((INSTRUCTION - bytes.len()) as u64);
         let mut part = [0; INSTRUCTION];
         let part = &mut part[..usize::try_from(rest).unwrap_or(0)];
-        if ram.map().read_slice(part, GuestAddress(to.physical_address)).is_err() {
+        let (address, roms) = (to.physical_address, ram.roms());
+        if ram.map().read_slice(part, GuestAddress(address)).is_err()
+            && !roms.iter().any(|rom| rom.read(address, part))
+        {
             break;
         }
         bytes.extend_from_slice(part);

@@ -7,8 +7,8 @@ use std::fs::File;
 use std::io::Write;
 
 use rustix::fs::{MemfdFlags, SealFlags};
-use vm_memory::FileOffset;
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
+use vm_memory::{FileOffset, VolatileMemory};
 
 use crate::memory::{HIGH_BASE, LOW_END, MemoryError};
 
@@ -63,6 +63,13 @@ impl Rom {
         self.mapping.as_ptr()
     }
 
+    /// Reads from a guest-physical address. Whether all of it lies here; if not, nothing is read.
+    pub fn read(&self, address: u64, to: &mut [u8]) -> bool {
+        let part = address.checked_sub(self.base).and_then(|offset| usize::try_from(offset).ok());
+        let part = part.and_then(|offset| self.mapping.get_slice(offset, to.len()).ok());
+        part.is_some_and(|part| part.copy_to(to) == to.len())
+    }
+
     fn overlaps(&self, other: &Self) -> bool {
         self.base < other.base + other.size && other.base < self.base + self.size
     }
@@ -104,6 +111,9 @@ mod tests {
         }
         let rom = Rom::new(HIGH_BASE - 4096, &page).unwrap();
         assert_eq!((rom.base(), rom.size()), (HIGH_BASE - 4096, 4096));
+        let mut bytes = [0; 4];
+        assert!(rom.read(HIGH_BASE - 4, &mut bytes) && bytes == [7; 4]);
+        assert!(!rom.read(HIGH_BASE - 3, &mut bytes) && !rom.read(HIGH_BASE - 4097, &mut bytes));
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! Guests that cannot go on: what their reports say.
 
 use iced_x86::code_asm::*;
-use tenon_core::DescriptorTable;
+use tenon_core::{CpuModel, DescriptorTable, HIGH_BASE, Ram, Rom};
 
-use crate::fixture::{CODE, Guest, Mode, NOTE_MMIO, engine, exit};
+use crate::fixture::{CODE, Guest, Mode, NOTE_MMIO, RAM, engine, exit};
 
 #[test]
 fn a_triple_fault_is_reported() {
@@ -57,4 +57,22 @@ fn an_instruction_that_kvm_cannot_emulate_is_named_with_the_remedy() {
     assert!(report.remedy.as_ref().unwrap().contains("--engine soft"), "{report}");
     assert_eq!(report.state.rip, CODE + 10, "{report}");
     assert_eq!(report.instruction[..2], [0xdd, 0x1f], "{report}");
+}
+
+#[test]
+fn an_instruction_in_rom_is_named_too() {
+    let Some(kvm) = engine() else { return };
+    let mut content = vec![0xf4; 0x1000];
+    content[..2].copy_from_slice(&[0xdd, 0x1f]); // fstp qword ptr [rdi]
+    let ram = Ram::with_roms(RAM, vec![Rom::new(HIGH_BASE - 0x1000, &content).unwrap()]).unwrap();
+    let mut guest = Guest::with_ram(&kvm, 1, CpuModel::Baseline, ram);
+    let report = guest
+        .play(Mode::Long, |a| {
+            a.mov(rdi, NOTE_MMIO).unwrap();
+            a.mov(eax, 0xffff_f000u32).unwrap();
+            a.jmp(rax).unwrap();
+        })
+        .crash();
+    assert!(report.what.contains("0xfffff000") && report.what.contains("fstp"), "{report}");
+    assert_eq!(report.instruction[..3], [0xdd, 0x1f, 0xf4], "{report}");
 }

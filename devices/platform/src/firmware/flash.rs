@@ -9,7 +9,8 @@
 //! | 0x10 or 0x40 | the next write clears bits of one byte to what is written |
 //! | 0x20, 0xd0 | the block of the second write becomes all ones |
 //!
-//! The chip is never busy. What it takes is in its [`FlashStore`] before it says that it is done.
+//! The chip is never busy. What it takes is in its [`FlashStore`] before it says that it is done: bytes that are programmed into one block one after the other are
+//! kept together, as soon as the guest looks at the chip, gives another command, or turns to another block.
 
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -23,6 +24,9 @@ const BLOCK: usize = 4096;
 const READY: u8 = 1 << 7;
 const ERASE_FAILED: u8 = 1 << 5;
 const PROGRAM_FAILED: u8 = 1 << 4;
+/// The commands that program a byte.
+const PROGRAM: u8 = 0x10;
+const PROGRAM_TOO: u8 = 0x40;
 const SCHEMA: u32 = 1;
 
 /// Where what a flash chip holds is kept when the machine is gone.
@@ -54,6 +58,8 @@ struct State {
     content: Vec<u8>,
     mode: Mode,
     status: u8,
+    /// A block with bytes that were programmed and are not yet in the store, and its content there.
+    unkept: Option<(usize, Vec<u8>)>,
 }
 
 /// See the module.
@@ -69,7 +75,11 @@ impl Flash {
     pub fn new(mut content: Vec<u8>, store: Option<Box<dyn FlashStore>>) -> Self {
         content.resize(content.len().next_multiple_of(BLOCK), 0xff);
         let size = content.len() as u64;
-        Self { store, size, state: Mutex::new(State { content, mode: Mode::Content, status: 0 }) }
+        Self {
+            store,
+            size,
+            state: Mutex::new(State { content, mode: Mode::Content, status: 0, unkept: None }),
+        }
     }
 
     /// Its size in bytes.
@@ -93,17 +103,33 @@ impl Flash {
         }
     }
 
+    /// Keeps what was programmed, or forgets it and says so.
+    fn settle(&self, state: &mut State) {
+        let Some((block, before)) = state.unkept.take() else { return };
+        let programmed = &mut state.content[block..block + BLOCK];
+        if !self.keep(block, programmed) {
+            programmed.copy_from_slice(&before);
+            state.status |= PROGRAM_FAILED;
+        }
+    }
+
     fn command(&self, at: usize, byte: u8) {
         let mut state = self.state();
         let state = &mut *state;
+        let goes_on = match state.mode {
+            Mode::Program => {
+                state.unkept.as_ref().is_some_and(|(block, _)| (*block..block + BLOCK).contains(&at))
+            }
+            _ => matches!(byte, PROGRAM | PROGRAM_TOO),
+        };
+        if !goes_on {
+            self.settle(state);
+        }
         state.mode = match (state.mode, byte) {
             (Mode::Program, _) => {
-                let (old, block) = (state.content[at], at / BLOCK * BLOCK);
+                let block = at / BLOCK * BLOCK;
+                state.unkept.get_or_insert_with(|| (block, state.content[block..block + BLOCK].to_vec()));
                 state.content[at] &= byte;
-                if !self.keep(block, &state.content[block..block + BLOCK]) {
-                    state.content[at] = old;
-                    state.status |= PROGRAM_FAILED;
-                }
                 state.status |= READY;
                 Mode::Status
             }
@@ -122,7 +148,7 @@ impl Flash {
                 state.status |= READY | ERASE_FAILED | PROGRAM_FAILED;
                 Mode::Status
             }
-            (_, 0x10 | 0x40) => Mode::Program,
+            (_, PROGRAM | PROGRAM_TOO) => Mode::Program,
             (_, 0x20) => Mode::Erase,
             (_, 0x70) => Mode::Status,
             (mode, 0x50) => {
@@ -136,7 +162,8 @@ impl Flash {
 
 impl Region for Flash {
     fn read(&self, offset: u64, size: u8) -> u64 {
-        let state = self.state();
+        let mut state = self.state();
+        self.settle(&mut state);
         let at = usize::try_from(offset).unwrap_or(usize::MAX);
         let mut bytes = [0; 8];
         for (to, at) in bytes.iter_mut().zip(at..).take(size.into()) {
@@ -163,11 +190,13 @@ impl Lifecycle for Flash {
 
     fn reset(&self) {
         let mut state = self.state();
+        self.settle(&mut state);
         (state.mode, state.status) = (Mode::Content, 0);
     }
 
     fn save(&self) -> Result<(u32, Vec<u8>), String> {
-        let state = self.state();
+        let mut state = self.state();
+        self.settle(&mut state);
         let mut out = Writer::default();
         out.u8(MODES.iter().position(|mode| *mode == state.mode).map_or(0, |n| n.to_le_bytes()[0]));
         out.u8(state.status);
@@ -189,11 +218,19 @@ impl Lifecycle for Flash {
             return Err(format!("{} bytes of flash; this machine has {}", content.len(), self.size));
         }
         let mut state = self.state();
+        self.settle(&mut state);
         if state.content != content && !self.keep(0, content) {
             return Err("the content of the flash cannot be kept".into());
         }
-        *state = State { content: content.to_vec(), mode, status };
+        *state = State { content: content.to_vec(), mode, status, unkept: None };
         Ok(())
+    }
+}
+
+impl Drop for Flash {
+    fn drop(&mut self) {
+        let mut state = self.state();
+        self.settle(&mut state);
     }
 }
 
@@ -262,6 +299,33 @@ mod tests {
         commands(&chip, &[(0, 0x20), (0, 0x11), (0, 0xff)]);
         assert_eq!(chip.read(0, 1), 0xff);
         assert!(kept.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn bytes_programmed_into_one_block_are_kept_together_and_before_anybody_looks() {
+        let (chip, kept, full) = chip(vec![0xff; 2 * BLOCK]);
+        let kept = || std::mem::take(&mut *kept.lock().unwrap());
+        commands(&chip, &[(1, 0x10), (1, 1), (2, 0x10), (2, 2), (3, 0x40), (3, 3)]);
+        assert!(kept().is_empty());
+        assert_eq!(chip.read(0, 1), u64::from(READY));
+        let all = kept();
+        assert!(all.len() == 1 && all[0].1[..5] == [0xff, 1, 2, 3, 0xff], "{all:x?}");
+        // Another block, and another command.
+        commands(&chip, &[(4, 0x10), (4, 4), (0x1004, 0x10), (0x1004, 5)]);
+        assert_eq!(kept().len(), 1);
+        commands(&chip, &[(0, 0xff)]);
+        assert_eq!(kept()[0].0, 0x1000);
+        // What cannot be kept is forgotten together.
+        commands(&chip, &[(5, 0x10), (5, 5), (6, 0x10), (6, 6)]);
+        full.store(true, Ordering::Relaxed);
+        assert_eq!(chip.read(0, 1), u64::from(READY | PROGRAM_FAILED));
+        full.store(false, Ordering::Relaxed);
+        commands(&chip, &[(0, 0xff)]);
+        assert_eq!(chip.read(0, 8), 0xffff_ff04_0302_01ff);
+        // The machine ends in the middle.
+        commands(&chip, &[(7, 0x10), (7, 7)]);
+        drop(chip);
+        assert_eq!(kept().len(), 1);
     }
 
     #[test]

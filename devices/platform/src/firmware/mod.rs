@@ -59,7 +59,9 @@ pub enum FirmwareError {
     #[error(transparent)]
     Acpi(#[from] AcpiError),
     /// The variables do not fit.
-    #[error("{size:#x} bytes of firmware variables do not fit below the firmware's code at {code:#x}: all of it lies in the last 16 MiB below 4 GiB")]
+    #[error(
+        "{size:#x} bytes of firmware variables do not fit below the firmware's code at {code:#x}: all of it lies in the last 16 MiB below 4 GiB"
+    )]
     Variables {
         /// How many bytes.
         size: u64,
