@@ -25,6 +25,13 @@ const BLKDISCARD: libc::Ioctl = 0x1277;
 const BLKZEROOUT: libc::Ioctl = 0x127f;
 const BLKGETSIZE64: libc::Ioctl = 0x8008_1272;
 
+// linux/magic.h.
+const EXT4: i64 = 0xef53;
+const XFS: i64 = 0x5846_5342;
+const BTRFS: i64 = 0x9123_683e;
+const F2FS: i64 = 0xf2f5_2010;
+const TMPFS: i64 = 0x0102_1994;
+
 /// What the administrator asked for.
 pub(crate) struct Settings {
     path: String,
@@ -250,6 +257,10 @@ impl Medium {
             OperationKind::Discard => "discarding",
             OperationKind::WriteZeroes { .. } => "zeroing",
         };
+        if kind == OperationKind::Discard && error.raw_os_error() == Some(libc::EOPNOTSUPP) {
+            // Nothing is wrong, and whoever asks goes on asking.
+            return StoreError::Unsupported;
+        }
         let text = format!("{}: {what} {length} bytes at {position}: {error}", self.path);
         self.completions.log(Level::Warn, &text);
         match error.raw_os_error() {
@@ -377,11 +388,11 @@ impl Medium {
             return;
         }
         match self.kind {
-            // Behind the end there is nothing to punch, but file systems look first whether they can.
+            // No call asks a file system whether it gives space back without a trace on the file: it even sets the time of the last write when there is nothing to give. So the
+            // first discard is the trial, and whoever asked for it hears that there is no such thing.
             Kind::File => {
-                let punches = self.punch(self.length().next_multiple_of(1 << 16), 1 << 16).is_ok();
-                self.discard = punches && !self.preallocate;
-                self.zero = punches;
+                self.discard = !self.preallocate;
+                self.zero = self.is_on(&[EXT4, XFS, BTRFS, F2FS, TMPFS]);
             }
             Kind::Device => {
                 self.discard = self.limit("discard_max_bytes") > 0;
@@ -392,13 +403,16 @@ impl Medium {
 
     /// Whether the file system takes writes to its page cache without waiting (`FMODE_NOWAIT`), which nothing but its name tells.
     fn has_asynchronous_writes(&self) -> bool {
-        const XFS: i64 = 0x5846_5342;
-        const BTRFS: i64 = 0x9123_683e;
+        self.is_on(&[XFS, BTRFS])
+    }
+
+    /// Whether the file lies on one of these file systems.
+    fn is_on(&self, magics: &[i64]) -> bool {
         // SAFETY: a structure of numbers.
         let mut about: libc::statfs = unsafe { std::mem::zeroed() };
         // SAFETY: the descriptor is open, the structure is good for the call.
         let known = unsafe { libc::fstatfs(self.file.as_raw_fd(), &raw mut about) } == 0;
-        known && [XFS, BTRFS].contains(&about.f_type)
+        known && magics.contains(&about.f_type)
     }
 
     /// A limit of a block device's queue, from sysfs; a partition has its disk's.

@@ -148,6 +148,44 @@ fn discarded_space_is_given_back_and_zeroes_are_read_as_such() {
 }
 
 #[test]
+fn a_file_to_which_nothing_is_written_keeps_its_times() {
+    let (_folder, path) = file(MIB);
+    File::options().write(true).open(&path).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap();
+    let times = || {
+        let about = fs::metadata(&path).unwrap();
+        (about.mtime(), about.ctime(), about.ctime_nsec())
+    };
+    let before = times();
+    for engine in ["io_uring", "threads"] {
+        let mut bench = open(&path, &[("engine", engine)]).unwrap();
+        bench.read(0, 4096).unwrap();
+        bench.flush().unwrap();
+        bench.close().unwrap();
+        assert_eq!(times(), before, "{engine}");
+    }
+}
+
+#[test]
+fn where_no_space_can_be_given_back_a_discard_says_so_and_zeroes_are_written() {
+    let disk = match Mounted::mount("ramfs", "mode=700") {
+        Ok(disk) => disk,
+        Err(why) => return println!("not run: mounting a ramfs needs root: {why}"),
+    };
+    let path = disk.0.path().join("disk.img");
+    File::create(&path).unwrap().set_len(4 * MIB).unwrap();
+    let mut bench = open(&path, &[]).unwrap();
+    assert!(!bench.info.write_zeroes, "it is not cheaper here");
+    bench.write(0, &[7; 8192]).unwrap();
+    for _ in 0..2 {
+        assert_eq!(bench.discard(0, 4096), Err(StoreError::Unsupported));
+    }
+    assert_eq!(bench.read(0, 4096).unwrap(), [7; 4096]);
+    bench.write_zeroes(4096, MIB, true).unwrap();
+    assert_eq!(bench.read(0, 8192).unwrap(), [[7; 4096], [0; 4096]].concat());
+    bench.close().unwrap();
+}
+
+#[test]
 fn preallocated_space_is_taken_at_once_and_kept() {
     let (_folder, path) = file(4 * MIB);
     assert_eq!(fs::metadata(&path).unwrap().blocks(), 0);
@@ -267,14 +305,19 @@ fn closing_leaves_no_open_file_and_no_thread() {
     }
 }
 
-/// A file system of 2 MiB in memory.
-struct SmallDisk(tempfile::TempDir);
+/// A file system in memory.
+struct Mounted(tempfile::TempDir);
 
-impl SmallDisk {
-    fn mount() -> Result<Self, String> {
+impl Mounted {
+    /// One of 2 MiB.
+    fn small() -> Result<Self, String> {
+        Self::mount("tmpfs", "size=2m")
+    }
+
+    fn mount(kind: &str, options: &str) -> Result<Self, String> {
         let folder = tempfile::tempdir().unwrap();
         let status = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", "size=2m", "tenon-test"])
+            .args(["-t", kind, "-o", options, "tenon-test"])
             .arg(folder.path())
             .output()
             .map_err(|error| error.to_string())?;
@@ -286,7 +329,7 @@ impl SmallDisk {
     }
 }
 
-impl Drop for SmallDisk {
+impl Drop for Mounted {
     fn drop(&mut self) {
         let _ = Command::new("umount").arg(self.0.path()).status();
     }
@@ -294,7 +337,7 @@ impl Drop for SmallDisk {
 
 #[test]
 fn a_full_file_system_is_no_space_and_what_was_there_stays() {
-    let disk = match SmallDisk::mount() {
+    let disk = match Mounted::small() {
         Ok(disk) => disk,
         Err(why) => return println!("not run: mounting a tmpfs needs root: {why}"),
     };
@@ -320,7 +363,7 @@ fn a_full_file_system_is_no_space_and_what_was_there_stays() {
 #[test]
 fn a_failed_flush_is_never_followed_by_a_good_one() {
     // A loop device on a file that loses its space: writes go to the page cache and are lost when they are written back.
-    let disk = match SmallDisk::mount() {
+    let disk = match Mounted::small() {
         Ok(disk) => disk,
         Err(why) => return println!("not run: mounting a tmpfs needs root: {why}"),
     };
