@@ -2,6 +2,8 @@
 //!
 //! It is trusted, and its mistakes are made good as far as that is possible: an outcome that was told already changes nothing. One that panics is not
 //! opened anew, since nobody knows what it had in memory: every operation fails from there on.
+//!
+//! Long, for it is one boundary: each function of the table, with what makes the call sound.
 #![allow(unsafe_code, reason = "calls through the tables of a native library")]
 
 use std::ffi::c_void;
