@@ -10,8 +10,8 @@
 //! Long for its one story: a call, the state after it, and the restart that begins there.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tenon_abi::{DeviceError, SavedState, VirtioDescription};
@@ -68,9 +68,20 @@ pub(super) struct Counters {
     restarts: AtomicU64,
     lost_calls: AtomicU64,
     divergences: AtomicU64,
+    last_fault: Mutex<Option<String>>,
 }
 
 impl Counters {
+    /// Why a call faulted last.
+    pub(super) fn last_fault(&self) -> Option<String> {
+        self.last_fault.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn fault(&self, fault: &Fault) {
+        add(&self.faults, 1);
+        *self.last_fault.lock().unwrap_or_else(PoisonError::into_inner) = Some(fault.to_string());
+    }
+
     pub(super) fn usage(&self) -> VirtioUse {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         VirtioUse {
@@ -253,7 +264,7 @@ impl Keeper {
     pub(super) fn enter(&mut self, entry: &Entry<'_>, first: u64) -> Outcome {
         let instance = self.instance.as_deref_mut()?;
         add(&self.counters.calls, 1);
-        match instance.call(entry) {
+        let outcome = match instance.call(entry) {
             Ok(answer) => {
                 // A read of the configuration space changes nothing.
                 if !matches!(entry, Entry::ConfigRead { .. }) {
@@ -271,7 +282,18 @@ impl Keeper {
                 Some(answer)
             }
             Err(fault) => self.restart(fault, Some(entry), first),
+        };
+        if let (Entry::Adjust { key, value }, Some(Ok(_))) = (entry, &outcome) {
+            self.adjusted(key, value);
         }
+        outcome
+    }
+
+    /// A setting has changed: new instances are made with it.
+    fn adjusted(&mut self, key: &str, value: &str) {
+        self.settings.retain(|(known, _)| known != key);
+        let at = self.settings.partition_point(|(known, _)| known.as_str() < key);
+        self.settings.insert(at, (key.to_owned(), value.to_owned()));
     }
 
     /// Brings up new instances until one stands where the old one did, or the device is given up. `retry` is the call that faulted.
@@ -286,7 +308,7 @@ impl Keeper {
         drop(instance);
         self.counters.set(Status::BackingOff);
         loop {
-            add(&self.counters.faults, 1);
+            self.counters.fault(&fault);
             if !self.may_restart() {
                 self.give_up(&fault, services);
                 return None;
@@ -477,8 +499,9 @@ impl Keeper {
             match revived {
                 Ok((instance, state)) => self.switch(instance, state),
                 Err((refusal, services)) => {
-                    add(&self.counters.faults, 1);
-                    self.give_up(&refusal.into_fault(), services);
+                    let fault = refusal.into_fault();
+                    self.counters.fault(&fault);
+                    self.give_up(&fault, services);
                 }
             }
         }
@@ -505,7 +528,11 @@ impl Keeper {
                 Ok(())
             }
             Err((refusal, services)) => {
+                let refused = matches!(refusal, Refusal::Refused(..));
                 let what = refusal.into_fault();
+                if !refused {
+                    self.counters.fault(&what);
+                }
                 if let Some(mut services) = services {
                     services.base.set_levels(&levels);
                     services.base.settle();

@@ -27,6 +27,7 @@ mod worker;
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use crossbeam_channel::Sender;
 use tenon_abi::{DeviceError, SavedState, VirtioDescription};
@@ -266,6 +267,12 @@ impl VirtioDevice {
         self.shared.counters.usage()
     }
 
+    /// Why a call into it faulted last, if one did. Does not wait for the device.
+    #[must_use]
+    pub fn last_fault(&self) -> Option<String> {
+        self.shared.counters.last_fault()
+    }
+
     /// Changes a setting while the device runs.
     ///
     /// # Errors
@@ -279,6 +286,16 @@ impl VirtioDevice {
             Some(answer) => answer.map(drop),
             None => Err(DeviceError::Other("the device has failed; see the log".into())),
         }
+    }
+
+    /// Waits until the device's thread has nothing to do: every request, timer and outcome that came before was passed on, and so was what the device did with it. Gives how many
+    /// operations on stores are still under way; none if that takes longer than `patience`. For whoever tries a plugin; a machine never waits for this.
+    #[must_use]
+    pub fn settle(&self, patience: Duration) -> Option<usize> {
+        let (sender, receiver) = crossbeam_channel::bounded(1);
+        self.commands.send(Command::Settle(sender)).ok()?;
+        self.shared.inbox.wake();
+        receiver.recv_timeout(patience).ok()
     }
 
     /// Calls the device on this thread; the worker passes on what it did.

@@ -142,6 +142,8 @@ struct Script {
     reset_traps: AtomicU32,
     done_calls: AtomicU32,
     instances: AtomicU32,
+    /// The settings with which it was described last.
+    settings: Mutex<Vec<(String, String)>>,
 }
 
 fn once(counter: &AtomicU32) -> bool {
@@ -178,7 +180,8 @@ impl VirtioInstance for Disk {
         self.services.as_deref_mut()
     }
 
-    fn describe(&mut self, _: &[(String, String)]) -> crate::instance::Answer<VirtioDescription> {
+    fn describe(&mut self, settings: &[(String, String)]) -> crate::instance::Answer<VirtioDescription> {
+        *self.script.settings.lock().unwrap() = settings.to_vec();
         Ok(Ok(VirtioDescription::new(2).queue("requests", 128, 8).config(8).store("disk").channel("log")))
     }
 
@@ -375,6 +378,37 @@ fn sixty_four_ready_requests_are_one_call() {
     assert_eq!((usage.batches, usage.requests, usage.operations, usage.answers), (1, 64, 64, 64));
     // Activation, and the batch: no call for the outcomes.
     assert_eq!(usage.calls, 2);
+}
+
+#[test]
+fn a_new_instance_has_the_settings_as_they_were_adjusted() {
+    let bench = Bench::new();
+    for (key, value) in [("size", "1"), ("label", "a"), ("size", "2")] {
+        bench.device.adjust(key, value).unwrap();
+    }
+    assert!(bench.script.settings.lock().unwrap().is_empty(), "it is the instance that was there");
+    bench.script.traps.store(1, Ordering::SeqCst);
+    bench.device.write_config(0, 8, 5);
+    let settings = [("label".to_owned(), "a".to_owned()), ("size".to_owned(), "2".to_owned())];
+    assert_eq!(*bench.script.settings.lock().unwrap(), settings);
+    assert_eq!(bench.device.read_config(0, 8), 5);
+    assert_eq!(bench.device.last_fault(), Some(Fault::Trap("as told".into()).to_string()));
+}
+
+#[test]
+fn a_device_settles_when_all_is_done_but_what_its_stores_keep() {
+    let bench = Bench::new();
+    assert_eq!(bench.device.settle(PATIENCE), Some(0));
+    bench.push(0..200);
+    bench.start();
+    // The device holds at most 128 of them.
+    assert_eq!(bench.device.settle(PATIENCE), Some(128));
+    bench.gate.end(128, Ok(()));
+    assert_eq!(bench.device.settle(PATIENCE), Some(72));
+    assert_eq!(bench.driver.answers.lock().unwrap().len(), 128);
+    bench.gate.end(72, Ok(()));
+    assert_eq!(bench.device.settle(PATIENCE), Some(0));
+    assert_eq!(bench.driver.answers.lock().unwrap().len(), 200);
 }
 
 #[test]

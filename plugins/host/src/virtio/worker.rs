@@ -34,6 +34,8 @@ pub(super) enum Command {
     Stop(Sender<()>),
     Pause(Sender<()>),
     Resume,
+    /// Says how many operations on stores are under way, once there is nothing else to do.
+    Settle(Sender<usize>),
     Quit,
 }
 
@@ -86,6 +88,8 @@ pub(super) struct Worker {
     under_way: usize,
     /// Outcomes that the device does not know.
     done: Vec<Outcome>,
+    /// Who waits until there is nothing to do.
+    settling: Vec<Sender<usize>>,
     // Used again each time.
     more: Vec<Outcome>,
     taken: Vec<GuestRequest>,
@@ -104,6 +108,7 @@ impl Worker {
             turn: 0,
             under_way: 0,
             done: Vec::new(),
+            settling: Vec::new(),
             more: Vec::new(),
             taken: Vec::new(),
             outbox: Outbox::default(),
@@ -120,6 +125,7 @@ impl Worker {
                     Command::Stop(_ended) => self.stop(),
                     Command::Pause(_ended) => self.pause(),
                     Command::Resume => self.paused = false,
+                    Command::Settle(told) => self.settling.push(told),
                     Command::Quit => {
                         self.stop();
                         return;
@@ -127,6 +133,10 @@ impl Worker {
                 }
             }
             if self.paused || (!self.round() && self.arm()) {
+                for told in self.settling.drain(..) {
+                    // Who has lost patience is not told.
+                    let _ = told.send(self.under_way);
+                }
                 // What comes after the look at the news leaves a token, so that this returns at once.
                 std::thread::park();
             }
