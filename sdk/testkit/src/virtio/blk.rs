@@ -349,13 +349,24 @@ impl Disk<'_> {
         }
         for (on, request, room) in kinds {
             for error in [StoreError::Io, StoreError::NoSpace, StoreError::ReadOnly] {
-                let Some(store) = self.device.store(&name) else { return Ok(()) };
-                let struck = store.counts().faults;
-                store.fail_next(on, error);
+                let mut struck = 0;
+                let reached = self.device.with_store(&name, &mut |store| {
+                    struck = store.counts().faults;
+                    store.fail_next(on, error);
+                });
+                if !reached {
+                    return Ok(());
+                }
                 // A flush that has nothing to do must fail, too, so something is to do.
                 self.expect(&format!("{on:?} while the store fails"), &request, room, &[IOERR])?;
-                if self.device.store(&name).is_some_and(|store| store.counts().faults == struck) {
+                let mut strikes = struck;
+                self.device.with_store(&name, &mut |store| strikes = store.counts().faults);
+                if strikes == struck {
                     return Err(format!("{on:?} never came to the store"));
+                }
+                if on == On::Flush {
+                    // A host believes no flush before what the failed one lost was written again.
+                    self.write(0, 0, &one)?;
                 }
                 self.expect(&format!("{on:?} after a failure"), &request, room, &[OK])?;
             }

@@ -26,7 +26,7 @@ const LEAST_FRAME: usize = 14;
 
 /// A request, by the name that the test has for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Ticket(pub(super) u64);
+pub struct Ticket(pub u64);
 
 /// What a device answered.
 #[derive(Clone, Debug, PartialEq, Eq)]

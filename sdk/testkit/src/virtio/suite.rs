@@ -57,10 +57,10 @@ pub trait VirtioSubject {
     /// # Errors
     /// It has, and how.
     fn alive(&mut self) -> Result<(), String>;
-    /// A store of the device, where the test can reach it.
-    fn store(&mut self, name: &str) -> Option<&mut MemoryStore> {
-        let _ = name;
-        None
+    /// Has `act` look at a store of the device, or prepare its faults. Returns whether this host can.
+    fn with_store(&mut self, name: &str, act: &mut dyn FnMut(&mut MemoryStore)) -> bool {
+        let _ = (name, act);
+        false
     }
     /// Holds the operations on a store back, or lets them all end. Returns whether this host can.
     fn hold(&mut self, name: &str, hold: bool) -> bool {
@@ -128,8 +128,9 @@ impl<D: VirtioDevice> VirtioSubject for VirtioBench<D> {
         Ok(())
     }
 
-    fn store(&mut self, name: &str) -> Option<&mut MemoryStore> {
-        Some(VirtioBench::store(self, name))
+    fn with_store(&mut self, name: &str, act: &mut dyn FnMut(&mut MemoryStore)) -> bool {
+        act(VirtioBench::store(self, name));
+        true
     }
 
     fn hold(&mut self, name: &str, hold: bool) -> bool {
