@@ -281,11 +281,25 @@ pub(crate) enum PluginCommand {
         #[command(flatten)]
         places: PluginPlaces,
     },
-    /// Run a plugin's own tests, then try its component as a machine would
+    /// Try a plugin as a machine would use it, with a hostile guest; first, if its crate is named, run its own tests and build it
+    #[command(
+        after_help = "Examples:\n  tenon plugin test                                the crate in this folder\n  tenon plugin test beeper-0.1.0.tenon --json      a plugin of somebody else, before it is used\n  tenon plugin test virtio-blk --set queues=4      with a setting that is not the default"
+    )]
     Test {
-        /// The plugin's crate
-        #[arg(default_value = ".", value_hint = ValueHint::DirPath)]
-        dir: PathBuf,
+        /// A plugin's crate, folder or `.tenon` archive, or the id of one that is found
+        #[arg(default_value = ".", value_hint = ValueHint::AnyPath)]
+        plugin: String,
+        /// A setting of the plugin
+        #[arg(long = "set", value_name = "KEY=VALUE", value_parser = key_and_value)]
+        settings: Vec<(String, String)>,
+        /// Try the native library instead of the component. It is trusted with the whole process
+        #[arg(long)]
+        allow_native: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        places: PluginPlaces,
     },
     /// List the plugins that are found
     List {
@@ -303,6 +317,7 @@ pub(crate) enum KindChoice {
     /// Registers, interrupts, timers, channels
     Device,
     /// A device fed by queues of requests, such as a disk or a network card
+    #[value(alias = "virtio-device")]
     Virtio,
     /// Keeps a disk's bytes, or changes them on their way to another store
     Store,
@@ -330,15 +345,21 @@ impl FromStr for PluginSpec {
         }
         let mut settings: Vec<(String, String)> = Vec::new();
         for part in parts {
-            let Some((key, value)) = part.split_once('=').filter(|(key, _)| !key.is_empty()) else {
-                return Err(format!("`{part}` is not KEY=VALUE"));
-            };
-            if settings.iter().any(|(other, _)| other == key) {
+            let (key, value) = key_and_value(part)?;
+            if settings.iter().any(|(other, _)| *other == key) {
                 return Err(format!("`{key}` is given twice"));
             }
-            settings.push((key.to_owned(), value.to_owned()));
+            settings.push((key, value));
         }
         Ok(Self { plugin: plugin.to_owned(), settings })
+    }
+}
+
+/// A setting: `KEY=VALUE`.
+fn key_and_value(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err(format!("`{text}` is not KEY=VALUE")),
     }
 }
 

@@ -16,7 +16,10 @@ mod run;
 mod say;
 mod terminal;
 mod trial;
+mod trial_driver;
+mod trial_medium;
 mod trial_store;
+mod trial_virtio;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;

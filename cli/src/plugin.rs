@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use comfy_table::presets::NOTHING;
 use comfy_table::{ContentArrangement, Table};
 use serde::Serialize;
@@ -12,8 +12,9 @@ use tenon_plugin_tool::{BuildOptions, Built, Error};
 use tenon_plugins::{Bundle, Manifest, SettingType};
 
 use crate::Usage;
-use crate::args::{KindChoice, PluginCommand};
-use crate::plugins::{Shelf, catalog, find};
+use crate::args::{KindChoice, PluginCommand, PluginPlaces};
+use crate::plugins::{BUILT_IN_FORM, Shelf, built_in, catalog, find, form, is_built_in};
+use crate::run::FAILED;
 use crate::say::{explain, print, print_table};
 use crate::trial;
 
@@ -23,9 +24,11 @@ pub(crate) fn plugin(command: &PluginCommand) -> Result<ExitCode> {
         PluginCommand::Build { dir, native, out } => {
             tell_built(&build(dir, *native, out.clone())?)?;
         }
-        PluginCommand::Inspect { plugin, json, places } => inspect(find(&catalog(places), plugin)?, *json)?,
-        PluginCommand::Test { dir } => test(dir)?,
-        PluginCommand::List { json, places } => list(&catalog(places).list(), *json)?,
+        PluginCommand::Inspect { plugin, json, places } => inspect(plugin, *json, places)?,
+        PluginCommand::Test { plugin, settings, allow_native, json, places } => {
+            return test(built(plugin, *allow_native, places)?, settings, *allow_native, *json, places);
+        }
+        PluginCommand::List { json, places } => list(&lines(places)?, *json)?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -79,6 +82,12 @@ fn words(list: &[String]) -> String {
     if list.is_empty() { "nothing".into() } else { list.join(", ") }
 }
 
+/// What a plugin of the catalogue can run as.
+fn forms(bundle: &Bundle) -> Vec<&'static str> {
+    let (component, native) = bundle.forms();
+    component.then_some("component").into_iter().chain(native.then_some("native")).collect()
+}
+
 #[derive(Serialize)]
 struct Inspection {
     id: String,
@@ -87,18 +96,24 @@ struct Inspection {
     api: String,
     summary: String,
     origin: String,
-    component: bool,
-    native: bool,
+    /// What it can run as: `component`, `native`, `built-in`.
+    forms: Vec<&'static str>,
     digest: Option<String>,
     permissions: Vec<String>,
     imports: Vec<ImportLine>,
     /// Why it does not load.
     problem: Option<String>,
-    memory: u64,
-    deadline_ms: u128,
+    limits: Option<LimitLine>,
     failure: String,
     schema: u32,
     settings: Vec<SettingLine>,
+}
+
+/// What an instance in a sandbox may use.
+#[derive(Serialize)]
+struct LimitLine {
+    memory: u64,
+    deadline_ms: u128,
 }
 
 #[derive(Serialize)]
@@ -117,25 +132,32 @@ struct SettingLine {
 }
 
 impl Inspection {
-    fn new(bundle: Bundle) -> Result<Self> {
-        let Manifest { id, version, kind, api, summary, failure, permissions, limits, schema, config } =
-            &bundle.manifest.clone();
-        let (origin, (component, native)) = (bundle.origin.clone(), bundle.forms());
-        let shelf = Shelf::open(&crate::args::PluginPlaces::default(), &[])?;
-        let (digest, imports, problem) = match shelf.load_bundle(bundle) {
+    fn of(plugin: &str, places: &PluginPlaces) -> Result<Self> {
+        if let Some((_, manifest)) = built_in()?.into_iter().find(|(id, _)| *id == plugin) {
+            return Ok(Self::new(&manifest, BUILT_IN_FORM.into(), vec![BUILT_IN_FORM]));
+        }
+        let bundle = find(&catalog(places), plugin)?;
+        let mut about = Self::new(&bundle.manifest, bundle.origin.clone(), forms(&bundle));
+        match Shelf::open(places, &[])?.load_bundle(bundle) {
             Ok(plugin) => {
                 // Interfaces of which only types are used let a plugin do nothing.
                 let imports = plugin.imports().iter().filter(|import| !import.functions.is_empty());
-                let imports = imports
+                about.imports = imports
                     .map(|import| ImportLine {
                         interface: import.interface.clone(),
                         functions: import.functions.clone(),
                     })
                     .collect();
-                (Some(plugin.digest()), imports, None)
+                about.digest = Some(plugin.digest());
             }
-            Err(error) => (None, Vec::new(), Some(explain(&error))),
-        };
+            Err(error) => about.problem = Some(explain(&error)),
+        }
+        Ok(about)
+    }
+
+    fn new(manifest: &Manifest, origin: String, forms: Vec<&'static str>) -> Self {
+        let Manifest { id, version, kind, api, summary, failure, permissions, limits, schema, config } =
+            manifest;
         let settings = config.iter().map(|(key, schema)| SettingLine {
             key: key.clone(),
             kind: match schema.r#type {
@@ -145,61 +167,63 @@ impl Inspection {
             default: schema.default.clone(),
             help: schema.help.clone(),
         });
-        Ok(Self {
+        let limits = LimitLine { memory: limits.memory, deadline_ms: limits.deadline.as_millis() };
+        Self {
             id: id.clone(),
             version: version.to_string(),
             kind: kind.to_string(),
             api: api.to_string(),
             summary: summary.clone(),
             origin,
-            component,
-            native,
-            digest,
+            limits: forms.contains(&"component").then_some(limits),
+            forms,
+            digest: None,
             permissions: permissions.iter().cloned().collect(),
-            imports,
-            problem,
-            memory: limits.memory,
-            deadline_ms: limits.deadline.as_millis(),
+            imports: Vec::new(),
+            problem: None,
             failure: format!("{failure:?}").to_lowercase(),
             schema: *schema,
             settings: settings.collect(),
-        })
+        }
     }
 }
 
-fn inspect(bundle: Bundle, json: bool) -> Result<()> {
-    let about = Inspection::new(bundle)?;
+fn inspect(plugin: &str, json: bool, places: &PluginPlaces) -> Result<()> {
+    let about = Inspection::of(plugin, places)?;
     if json {
         return print(serde_json::to_string_pretty(&about)?);
     }
     let mut table = table();
-    let forms = match (about.component, about.native) {
-        (true, true) => "component, native library",
-        (true, false) => "component",
-        _ => "native library only",
-    };
-    let imports: Vec<String> = about
-        .imports
-        .iter()
-        .map(|import| format!("{}: {}", import.interface, words(&import.functions)))
-        .collect();
-    let imports = match (&about.problem, imports.as_slice()) {
-        (Some(_), _) => "–".into(),
-        (None, []) => "nothing".into(),
-        (None, imports) => imports.join("\n"),
-    };
     table
         .add_row(["plugin", &format!("{} {} ({})", about.id, about.version, about.kind)])
         .add_row(["", &about.summary])
         .add_row(["from", &about.origin])
-        .add_row(["forms", forms])
-        .add_row(["contract", &about.api])
-        .add_row(["digest", about.digest.as_deref().unwrap_or("–")])
-        .add_row(["may use", &words(&about.permissions)])
-        .add_row(["imports", &imports])
-        .add_row(["limits", &format!("{} of memory, {} ms a call", bytes(about.memory), about.deadline_ms)])
-        .add_row(["on failure", &about.failure]);
-    if about.kind == "device" {
+        .add_row(["forms", &about.forms.join(", ")])
+        .add_row(["contract", &about.api]);
+    if let Some(limits) = &about.limits {
+        let imports: Vec<String> = about
+            .imports
+            .iter()
+            .map(|import| format!("{}: {}", import.interface, words(&import.functions)))
+            .collect();
+        let imports = match (&about.problem, imports.as_slice()) {
+            (Some(_), _) => "–".into(),
+            (None, []) => "nothing".into(),
+            (None, imports) => imports.join("\n"),
+        };
+        table
+            .add_row(["digest", about.digest.as_deref().unwrap_or("–")])
+            .add_row(["may use", &words(&about.permissions)])
+            .add_row(["imports", &imports])
+            .add_row([
+                "limits",
+                &format!("{} of memory, {} ms a call", bytes(limits.memory), limits.deadline_ms),
+            ]);
+    } else {
+        table.add_row(["may use", "what this process may: it is native code without a sandbox"]);
+    }
+    table.add_row(["on failure", &about.failure]);
+    if about.kind != "personality" {
         table.add_row(["state", &format!("schema {}", about.schema)]);
     }
     for setting in &about.settings {
@@ -221,63 +245,156 @@ struct ListLine {
     id: String,
     kind: String,
     version: String,
+    forms: Vec<&'static str>,
     summary: String,
     origin: String,
     problem: Option<String>,
 }
 
-fn list(found: &[(String, Result<Bundle, tenon_plugins::BundleError>)], json: bool) -> Result<()> {
-    let lines: Vec<ListLine> = found
+impl ListLine {
+    fn new(id: &str, manifest: &Manifest, origin: &str, forms: Vec<&'static str>) -> Self {
+        Self {
+            id: id.to_owned(),
+            kind: manifest.kind.to_string(),
+            version: manifest.version.to_string(),
+            forms,
+            summary: manifest.summary.clone(),
+            origin: origin.to_owned(),
+            problem: None,
+        }
+    }
+}
+
+/// Every plugin, in the order of the ids. One that is part of this program is found before any other of its id.
+fn lines(places: &PluginPlaces) -> Result<Vec<ListLine>> {
+    let linked = built_in()?;
+    let mut lines: Vec<ListLine> = linked
         .iter()
-        .map(|(id, bundle)| match bundle {
-            Ok(bundle) => ListLine {
-                id: id.clone(),
-                kind: bundle.manifest.kind.to_string(),
-                version: bundle.manifest.version.to_string(),
-                summary: bundle.manifest.summary.clone(),
-                origin: bundle.origin.clone(),
-                problem: None,
-            },
+        .map(|(id, manifest)| ListLine::new(id, manifest, BUILT_IN_FORM, vec![BUILT_IN_FORM]))
+        .collect();
+    for (id, bundle) in catalog(places).list() {
+        if is_built_in(&id) {
+            continue;
+        }
+        lines.push(match bundle {
+            Ok(bundle) => ListLine::new(&id, &bundle.manifest, &bundle.origin, forms(&bundle)),
             Err(error) => ListLine {
-                id: id.clone(),
+                id,
                 kind: String::new(),
                 version: String::new(),
+                forms: Vec::new(),
                 summary: String::new(),
                 origin: String::new(),
                 problem: Some(error.to_string()),
             },
-        })
-        .collect();
-    if json {
-        return print(serde_json::to_string_pretty(&lines)?);
+        });
     }
-    if lines.is_empty() {
-        return print(
-            "No plugins are found. They are looked for in --plugin-dir, TENON_PLUGIN_PATH, `plugins` beside this program, and ~/.local/share/tenon/plugins.",
-        );
+    lines.sort_by(|a, b| a.id.cmp(&b.id));
+    Ok(lines)
+}
+
+fn list(lines: &[ListLine], json: bool) -> Result<()> {
+    if json {
+        return print(serde_json::to_string_pretty(lines)?);
     }
     let mut table = table();
-    table.set_header(["PLUGIN", "KIND", "VERSION", "WHAT IT IS"]);
-    for line in &lines {
-        table.add_row([&line.id, &line.kind, &line.version, line.problem.as_ref().unwrap_or(&line.summary)]);
+    table.set_header(["PLUGIN", "KIND", "VERSION", "FORMS", "WHAT IT IS"]);
+    for line in lines {
+        let forms = line.forms.join(", ");
+        table.add_row([
+            &line.id,
+            &line.kind,
+            &line.version,
+            &forms,
+            line.problem.as_ref().unwrap_or(&line.summary),
+        ]);
     }
     print_table(&table)
 }
 
-fn test(dir: &Path) -> Result<()> {
-    let built = tenon_plugin_tool::test(dir, &BuildOptions::default())?;
-    let shelf = Shelf::open(&crate::args::PluginPlaces::default(), &[])?;
-    let plugin = shelf.load_bundle(Bundle::open(&built.directory)?)?;
-    print(format_args!(
-        "{} {}: the component loads; it may use {}",
-        built.id,
-        built.version,
-        words(&built.permissions)
-    ))?;
-    for line in trial::run(&plugin, &shelf.load("memory")?)? {
-        print(format_args!("{}: {line}", built.id))?;
+/// What is to be tried.
+enum Candidate {
+    Bundle(Bundle),
+    BuiltIn(String),
+}
+
+/// Finds what is to be tried. A crate is tested and built first.
+fn built(plugin: &str, native: bool, places: &PluginPlaces) -> Result<Candidate> {
+    let folder = Path::new(plugin);
+    if folder.join("Cargo.toml").is_file() {
+        let built = tenon_plugin_tool::test(folder, &BuildOptions { native, ..BuildOptions::default() })?;
+        return Ok(Candidate::Bundle(Bundle::open(&built.directory)?));
     }
-    print(format_args!("{}: passed", built.id))
+    if folder.is_dir() {
+        return Ok(Candidate::Bundle(Bundle::open(folder)?));
+    }
+    if is_built_in(plugin) {
+        return Ok(Candidate::BuiltIn(plugin.to_owned()));
+    }
+    Ok(Candidate::Bundle(find(&catalog(places), plugin)?))
+}
+
+/// What `tenon plugin test --json` prints.
+#[derive(Serialize)]
+struct Trial {
+    plugin: String,
+    version: String,
+    kind: String,
+    form: &'static str,
+    /// What was done, a line each.
+    checks: Vec<String>,
+    /// The check that failed, and how.
+    failed: Option<String>,
+    passed: bool,
+}
+
+fn test(
+    candidate: Candidate,
+    settings: &[(String, String)],
+    native: bool,
+    json: bool,
+    places: &PluginPlaces,
+) -> Result<ExitCode> {
+    let allowed = match &candidate {
+        Candidate::Bundle(bundle) if native => vec![bundle.manifest.id.clone()],
+        _ => Vec::new(),
+    };
+    let shelf = Shelf::open(places, &allowed)?;
+    let plugin = match candidate {
+        Candidate::Bundle(bundle) => shelf.load_bundle(bundle)?,
+        Candidate::BuiltIn(id) => shelf.load(&id)?,
+    };
+    let Manifest { id, version, kind, permissions, .. } = plugin.manifest();
+    if native && !plugin.is_native() {
+        return Err(Usage(anyhow!("--allow-native: `{id}` has no native library")).into());
+    }
+    if !json {
+        let permissions: Vec<String> = permissions.iter().cloned().collect();
+        let what = match form(&plugin) {
+            BUILT_IN_FORM => "it is part of this program".into(),
+            "native" => "the native library loads; it may use what this process may".into(),
+            _ => format!("the component loads; it may use {}", words(&permissions)),
+        };
+        print(format_args!("{id} {version}: {what}"))?;
+    }
+    let outcome = trial::run(&plugin, settings, &shelf);
+    if json {
+        let (checks, failed) = match outcome {
+            Ok(checks) => (checks, None),
+            Err(error) if error.is::<Usage>() => return Err(error),
+            Err(error) => (Vec::new(), Some(explain(&error))),
+        };
+        let passed = failed.is_none();
+        let (plugin, version, kind, form) =
+            (id.clone(), version.to_string(), kind.to_string(), form(&plugin));
+        print(serde_json::to_string_pretty(&Trial { plugin, version, kind, form, checks, failed, passed })?)?;
+        return Ok(if passed { ExitCode::SUCCESS } else { ExitCode::from(FAILED) });
+    }
+    for line in outcome.with_context(|| format!("{id} fails"))? {
+        print(format_args!("{id}: {line}"))?;
+    }
+    print(format_args!("{id}: passed"))?;
+    Ok(ExitCode::SUCCESS)
 }
 
 pub(crate) fn table() -> Table {

@@ -1,12 +1,12 @@
 //! The plugins of a machine: found and loaded; and the personality.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::{Result, anyhow};
 use serde::Serialize;
 use tenon_abi::{Machine as MachineDescription, MemoryKind, MemoryRange, PersonalityError};
 use tenon_core::Ram;
-use tenon_plugins::{Boot, Bundle, BundleError, Catalog, Grants, GuestError, Host, Image, Plugin};
+use tenon_plugins::{Boot, Bundle, BundleError, Catalog, Grants, GuestError, Host, Image, Manifest, Plugin};
 
 use crate::Usage;
 use crate::args::{PluginPlaces, PluginSpec};
@@ -14,13 +14,16 @@ use crate::devices::Usages;
 use crate::places;
 use crate::say::explain;
 
-/// The plugins that are part of this program, with their manifests.
-const BUILT_IN: [(&tenon_abi::Plugin, &str); 4] = [
-    (&tenon_store_file::PLUGIN, tenon_store_file::MANIFEST),
-    (&tenon_store_memory::PLUGIN, tenon_store_memory::MANIFEST),
-    (&tenon_store_null::PLUGIN, tenon_store_null::MANIFEST),
-    (&tenon_store_qcow2::PLUGIN, tenon_store_qcow2::MANIFEST),
+/// The plugins that are part of this program: their ids, code and manifests. A manifest is read when its plugin is asked for.
+const BUILT_IN: [(&str, &tenon_abi::Plugin, &str); 4] = [
+    ("file", &tenon_store_file::PLUGIN, tenon_store_file::MANIFEST),
+    ("memory", &tenon_store_memory::PLUGIN, tenon_store_memory::MANIFEST),
+    ("null", &tenon_store_null::PLUGIN, tenon_store_null::MANIFEST),
+    ("qcow2", &tenon_store_qcow2::PLUGIN, tenon_store_qcow2::MANIFEST),
 ];
+
+/// Where a plugin is said to come from that is part of this program, and the form in which it runs.
+pub(crate) const BUILT_IN_FORM: &str = "built-in";
 
 /// What the summary says about a plugin.
 #[derive(Clone, Debug, Serialize)]
@@ -36,7 +39,8 @@ pub(crate) struct PluginSummary {
 /// Where plugins are taken from.
 pub(crate) struct Shelf {
     host: Arc<Host>,
-    built_in: Vec<Arc<Plugin>>,
+    /// Those of [`BUILT_IN`] that were asked for.
+    built_in: [OnceLock<Arc<Plugin>>; BUILT_IN.len()],
     catalog: Catalog,
     grants: Grants,
 }
@@ -49,17 +53,25 @@ impl Shelf {
             .ok();
         let grants = native.iter().fold(Grants::none(), |grants, id| grants.allow_native(id));
         let host = Host::new(cache.as_deref())?;
-        let built_in =
-            BUILT_IN.iter().map(|(code, manifest)| host.builtin(code, manifest)).collect::<Result<_, _>>()?;
-        Ok(Self { host, built_in, catalog: catalog(at), grants })
+        Ok(Self { host, built_in: Default::default(), catalog: catalog(at), grants })
     }
 
     /// Loads a plugin by id or path. One that is part of this program is found first.
     pub(crate) fn load(&self, plugin: &str) -> Result<Arc<Plugin>> {
-        match self.built_in.iter().find(|there| there.manifest().id == plugin) {
-            Some(there) => Ok(there.clone()),
-            None => self.load_bundle(find(&self.catalog, plugin)?),
+        let Some(at) = BUILT_IN.iter().position(|(id, ..)| *id == plugin) else {
+            return self.load_bundle(find(&self.catalog, plugin)?);
+        };
+        if let Some(there) = self.built_in[at].get() {
+            return Ok(there.clone());
         }
+        let (_, code, manifest) = BUILT_IN[at];
+        let loaded = self.host.builtin(code, manifest)?;
+        Ok(self.built_in[at].get_or_init(|| loaded).clone())
+    }
+
+    /// What loads plugins.
+    pub(crate) fn host(&self) -> &Arc<Host> {
+        &self.host
     }
 
     /// Loads a plugin that was found.
@@ -76,6 +88,17 @@ impl Shelf {
             .map_err(|error| Usage(anyhow!("--personality: {error}")))?;
         Ok(Personality { plugin, options: spec.settings.clone() })
     }
+}
+
+/// Whether a plugin of this id is part of this program.
+pub(crate) fn is_built_in(plugin: &str) -> bool {
+    BUILT_IN.iter().any(|(id, ..)| *id == plugin)
+}
+
+/// The ids of the plugins that are part of this program, with what they say about themselves.
+pub(crate) fn built_in() -> Result<Vec<(&'static str, Manifest)>> {
+    let read = |(id, _, text): &(&'static str, _, &str)| Ok((*id, Manifest::parse(BUILT_IN_FORM, text)?));
+    BUILT_IN.iter().map(read).collect()
 }
 
 /// The places as a catalogue.
@@ -151,10 +174,22 @@ pub(crate) fn summary(name: &str, plugin: &Plugin, usage: Option<Usages>) -> Plu
 /// What a plugin runs as.
 pub(crate) fn form(plugin: &Plugin) -> &'static str {
     if plugin.is_builtin() {
-        "built-in"
+        BUILT_IN_FORM
     } else if plugin.is_native() {
         "native"
     } else {
         "wasm"
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn built_in_plugins_have_the_ids_that_their_manifests_say() {
+        for (id, manifest) in built_in().unwrap() {
+            assert_eq!(manifest.id, id);
+        }
     }
 }

@@ -1,11 +1,16 @@
 //! `tenon plugin test`: a built component, tried as a machine would use it, with a hostile guest.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use anyhow::{Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use crossbeam_channel::RecvTimeoutError;
 use tenon_abi::{Machine as MachineDescription, MemoryKind, MemoryRange};
 use tenon_core::{Bus, Clock, InterruptController, Interrupts, Lifecycle, Msi, Ram, Requests, Space};
 use tenon_plugins::{GuestError, Image, Kind, MachineParts, Plugin, Status};
+
+use crate::Usage;
+use crate::plugins::Shelf;
 
 /// How many random accesses a device is given in each round.
 const ACCESSES: u32 = 20_000;
@@ -21,31 +26,62 @@ impl InterruptController for Nowhere {
 }
 
 /// Numbers that are the same in every trial: xorshift64* (Vigna 2016).
-struct Numbers(u64);
+pub(crate) struct Numbers(u64);
 
 impl Numbers {
-    fn next(&mut self) -> u64 {
+    pub(crate) fn new() -> Self {
+        Self(0x7e17)
+    }
+
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
 
-    fn below(&mut self, end: u64) -> u64 {
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
         self.next() % end.max(1)
     }
 }
 
-/// Tries a plugin with its default settings. Returns what was done, a line each.
-/// `memory` is what a store stands on that stands on something.
-pub(crate) fn run(plugin: &Arc<Plugin>, memory: &Arc<Plugin>) -> Result<Vec<String>> {
-    match plugin.manifest().kind {
-        Kind::Device if plugin.is_virtio() => {
-            Ok(vec!["not tried behind queues: `virtio_conformance` in its own tests does that".into()])
+/// Settings as the command line has them; the manifest's defaults are added to them.
+pub(crate) type Settings<'a> = &'a [(String, String)];
+
+/// How long a trial may take: native code has no deadline of its own.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// Tries a plugin. Returns what was done, a line each.
+pub(crate) fn run(plugin: &Arc<Plugin>, settings: Settings<'_>, shelf: &Shelf) -> Result<Vec<String>> {
+    plugin.manifest().settings(settings).map_err(|error| Usage(anyhow!("--set: {error}")))?;
+    let (memory, medium) = (shelf.load("memory")?, crate::trial_medium::plugin(shelf.host())?);
+    let (plugin, settings) = (plugin.clone(), settings.to_vec());
+    let (sender, receiver) = crossbeam_channel::bounded(1);
+    // On a thread of its own, which is left behind when it does not come back.
+    std::thread::Builder::new()
+        .name("trial".into())
+        .spawn(move || sender.send(by_kind(&plugin, &settings, &memory, &medium)))
+        .context("starting a thread")?;
+    match receiver.recv_timeout(PATIENCE) {
+        Ok(result) => result,
+        Err(RecvTimeoutError::Timeout) => {
+            bail!("it has not come back within {} minutes", PATIENCE.as_secs() / 60)
         }
-        Kind::Device => device(plugin),
-        Kind::Store => crate::trial_store::run(plugin, memory),
-        Kind::Personality => personality(plugin),
+        Err(RecvTimeoutError::Disconnected) => bail!("the trial itself has failed; see the log above"),
+    }
+}
+
+fn by_kind(
+    plugin: &Arc<Plugin>,
+    settings: Settings<'_>,
+    memory: &Arc<Plugin>,
+    medium: &Arc<Plugin>,
+) -> Result<Vec<String>> {
+    match plugin.manifest().kind {
+        Kind::Device if plugin.is_virtio() => crate::trial_virtio::run(plugin, settings, medium),
+        Kind::Device => device(plugin, settings),
+        Kind::Store => crate::trial_store::run(plugin, settings, memory),
+        Kind::Personality => personality(plugin, settings),
     }
 }
 
@@ -61,10 +97,10 @@ fn machine(clock: &Arc<Clock>) -> MachineParts {
     }
 }
 
-fn device(plugin: &Arc<Plugin>) -> Result<Vec<String>> {
+fn device(plugin: &Arc<Plugin>, settings: Settings<'_>) -> Result<Vec<String>> {
     let clock = Clock::virtual_time();
     let parts = machine(&clock);
-    let device = plugin.attach("trial", &[], &parts)?;
+    let device = plugin.attach("trial", settings, &parts)?;
     let life: &dyn Lifecycle = &*device;
     let description = device.description();
     let mut said = vec![format!(
@@ -73,7 +109,7 @@ fn device(plugin: &Arc<Plugin>) -> Result<Vec<String>> {
         description.lines.len()
     )];
     life.save().map_err(|text| anyhow!("save after start: {text}"))?;
-    let mut numbers = Numbers(0x7e17);
+    let mut numbers = Numbers::new();
     for round in 0..3 {
         for _ in 0..ACCESSES {
             access(&device, &parts, &mut numbers);
@@ -91,7 +127,7 @@ fn device(plugin: &Arc<Plugin>) -> Result<Vec<String>> {
     said.push(format!("{} random accesses, no fault; states restore to the same", 3 * ACCESSES));
     // A device may count from when it was started, so a reset is compared with one that starts at the same time.
     life.reset();
-    let fresh = plugin.attach("fresh", &[], &machine(&clock))?;
+    let fresh = plugin.attach("fresh", settings, &machine(&clock))?;
     let power_on = fresh.save().map_err(|text| anyhow!("save after start: {text}"))?;
     let after = life.save().map_err(|text| anyhow!("save after reset: {text}"))?;
     ensure!(after == power_on, "the state after a reset is not the state after power-on");
@@ -149,12 +185,12 @@ fn access(device: &tenon_plugins::Device, parts: &MachineParts, numbers: &mut Nu
     }
 }
 
-fn personality(plugin: &Arc<Plugin>) -> Result<Vec<String>> {
+fn personality(plugin: &Arc<Plugin>, settings: Settings<'_>) -> Result<Vec<String>> {
     let size = 64 << 20;
     let memory = vec![MemoryRange { start: 0, size, kind: MemoryKind::Ram }];
     let machine = MachineDescription { vcpus: 1, memory, rsdp: None };
     let ram = Ram::new(size)?;
-    let mut numbers = Numbers(0x7e17);
+    let mut numbers = Numbers::new();
     let (mut refused, mut taken) = (0, 0);
     for number in 0..IMAGES {
         let length = usize::try_from(numbers.below(1 << (number % 17)))?;
@@ -163,13 +199,13 @@ fn personality(plugin: &Arc<Plugin>) -> Result<Vec<String>> {
         if number % 2 == 0 {
             bytes.splice(0..length.min(20), *b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0");
         }
-        match plugin.load_guest(&machine, &ram, vec![Image::from_bytes("kernel", bytes)], &[]) {
+        match plugin.load_guest(&machine, &ram, vec![Image::from_bytes("kernel", bytes)], settings) {
             Ok(_) => taken += 1,
             Err(GuestError::Refused { .. }) => refused += 1,
             Err(error) => bail!("a damaged image of {length} bytes made the personality fail: {error}"),
         }
     }
-    match plugin.load_guest(&machine, &ram, Vec::new(), &[]) {
+    match plugin.load_guest(&machine, &ram, Vec::new(), settings) {
         Ok(_) => bail!("it loads a guest without any image"),
         Err(GuestError::Refused { .. }) => {}
         Err(error) => bail!("without images the personality fails instead of refusing: {error}"),

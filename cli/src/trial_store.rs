@@ -9,6 +9,8 @@ use tenon_testkit::{StoreChecks, StoreSubject, suite};
 
 use tenon_sdk::store::Operation;
 
+use crate::trial::Settings;
+
 /// The permission of a store that stands on others.
 const LOWER: &str = "lower-stores";
 /// How large the store is on which it stands.
@@ -17,28 +19,29 @@ const LOWER_SIZE: &str = "16M";
 /// A store behind the plugin host.
 struct Subject {
     plugin: Arc<Plugin>,
+    settings: Vec<(String, String)>,
     lower: Vec<Arc<Store>>,
     store: Option<Arc<Store>>,
 }
 
-/// Tries a store with its default settings. `memory` is what it stands on, if it stands on something. Returns what was done, a line each.
-pub(crate) fn run(plugin: &Arc<Plugin>, memory: &Arc<Plugin>) -> Result<Vec<String>> {
+/// Tries a store. `memory` is what it stands on, if it stands on something. Returns what was done, a line each.
+pub(crate) fn run(plugin: &Arc<Plugin>, settings: Settings<'_>, memory: &Arc<Plugin>) -> Result<Vec<String>> {
     let lower = if plugin.manifest().permissions.contains(LOWER) {
-        let settings = [("size".to_owned(), LOWER_SIZE.to_owned())];
-        vec![memory.open_store("lower", &settings, Vec::new(), &StoreGrants::none())?]
+        let size = [("size".to_owned(), LOWER_SIZE.to_owned())];
+        vec![memory.open_store("lower", &size, Vec::new(), &StoreGrants::none())?]
     } else {
         Vec::new()
     };
     // What it keeps by itself may be gone when it is closed.
     let checks = StoreChecks { content: true, reopen: !lower.is_empty() };
-    let mut subject = Subject { plugin: plugin.clone(), lower, store: None };
-    subject.open().map_err(|error| anyhow!(error)).context("it does not open with its default settings")?;
+    let mut subject = Subject { plugin: plugin.clone(), settings: settings.to_vec(), lower, store: None };
+    subject.open().map_err(|error| anyhow!(error)).context("it does not open with these settings")?;
     suite::store(&mut subject, checks).map_err(|error| anyhow!(error))
 }
 
 impl Subject {
     fn open(&mut self) -> Result<(), String> {
-        let store = self.plugin.open_store("trial", &[], self.lower.clone(), &StoreGrants::none());
+        let store = self.plugin.open_store("trial", &self.settings, self.lower.clone(), &StoreGrants::none());
         self.store = Some(store.map_err(|error| error.to_string())?);
         Ok(())
     }

@@ -139,7 +139,8 @@ pub fn build(folder: &Path, options: &BuildOptions) -> Result<Built, Error> {
 pub fn test(folder: &Path, options: &BuildOptions) -> Result<Built, Error> {
     // Before cargo, which would go up to a workspace that the folder happens to lie in.
     read_manifest(&folder.join("plugin.toml"))?;
-    let status = cargo(folder, "test", options).status().map_err(no_cargo)?;
+    // What cargo says is progress: standard output is for what the caller finds.
+    let status = cargo(folder, "test", options).stdout(std::io::stderr()).status().map_err(no_cargo)?;
     if !status.success() {
         return Err(Error::Cargo(format!("the tests of {} failed", folder.display())));
     }
