@@ -2,12 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
-use std::net::TcpListener;
+use std::net::{Shutdown, TcpListener};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::thread;
 
 use tempfile::TempDir;
-use tenon_tests::{LINUX_COMMAND_LINE, Outcome, Tenon, debian, has_kvm};
+use tenon_tests::{LINUX_COMMAND_LINE, Outcome, Tenon, bare, debian, has_kvm};
 
 /// The shell's prompt, at the beginning of a line.
 const PROMPT: &str = "\ntenon-guest:/# ";
@@ -227,4 +228,86 @@ fn a_thousand_resets_with_requests_under_way_leave_memory_alone() {
     if has_kvm() {
         nothing_is_written_after_a_reset("kvm", 24, &slow);
     }
+}
+
+/// Sends all of this, then the end of it; what came until the other end was done.
+fn exchange(mut stream: UnixStream, content: &[u8]) -> Vec<u8> {
+    let mut writer = stream.try_clone().expect("a second handle");
+    let content = content.to_vec();
+    let sender = thread::spawn(move || {
+        writer.write_all(&content).expect("the guest reads");
+        writer.shutdown(Shutdown::Write).expect("the end is told");
+    });
+    let mut came = Vec::new();
+    stream.read_to_end(&mut came).expect("the guest writes");
+    sender.join().expect("everything was sent");
+    came
+}
+
+#[test]
+fn programs_of_linux_and_of_the_host_connect_to_each_other() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("vm.sock");
+    let listen = |port: u32| {
+        UnixListener::bind(folder.path().join(format!("vm.sock_{port}"))).expect("a socket of the host")
+    };
+    let (first, ready, last) = (listen(5000), listen(5001), listen(5002));
+    let (one, two) = (noise(4, MIB), noise(5, MIB));
+    let (to_guest, back_to_guest, at) = (one.clone(), two.clone(), path.clone());
+    let host = thread::spawn(move || {
+        let accept = |listener: UnixListener| listener.accept().expect("the guest connects").0;
+        // The guest connects, and is sent the first.
+        assert_eq!(exchange(accept(first), &to_guest), b"");
+        // It listens, sends the first back and is sent the second.
+        let ready = accept(ready);
+        let ask = |port: u32| {
+            let mut stream = UnixStream::connect(&at).expect("the machine's socket");
+            writeln!(stream, "CONNECT {port}").expect("the machine listens");
+            let (mut line, mut byte) = (String::new(), [0]);
+            while !line.ends_with('\n') && stream.read(&mut byte).expect("an answer") > 0 {
+                line.push(byte[0].into());
+            }
+            (stream, line)
+        };
+        assert_eq!(ask(6001).1, "", "nobody listens there");
+        let (stream, line) = ask(6000);
+        let port = line.strip_prefix("OK ").and_then(|port| port.trim_end().parse::<u32>().ok());
+        assert!(port.is_some(), "{line:?}");
+        let first_back = exchange(stream, &back_to_guest);
+        drop(ready);
+        // It connects, and sends the second back.
+        (first_back, exchange(accept(last), b""))
+    });
+    let outcome = shell()
+        .arg("--vsock")
+        .arg(format!("{},cid=77", path.display()))
+        .typing(PROMPT, "vsock connect 2 4999 < /dev/null; vsock connect 9 5000 < /dev/null\n")
+        .typing(PROMPT, "vsock connect 2 5000 < /dev/null > /tmp/one; wc -c < /tmp/one\n")
+        .typing(
+            PROMPT,
+            "vsock listen 6000 < /tmp/one > /tmp/two 2> /tmp/said & \
+             until grep -q listening /tmp/said; do :; done; vsock connect 2 5001 < /dev/null; wait; wc -c < /tmp/two\n",
+        )
+        .typing(PROMPT, "vsock connect 2 5002 < /tmp/two\n")
+        .typing(PROMPT, "poweroff -f\n")
+        .outcome();
+    powered_off(&outcome);
+    assert_eq!(outcome.stdout.matches("Connection reset by peer").count(), 2, "{}", outcome.all());
+    assert_eq!(outcome.stdout.matches(&format!("\n{MIB}\n")).count(), 2, "{}", outcome.all());
+    let (first_back, second_back) = host.join().expect("the host's side");
+    assert!(first_back == one, "{} bytes came back, and not the same", first_back.len());
+    assert!(second_back == two, "{} bytes came back, and not the same", second_back.len());
+    assert_eq!(device(&outcome, "virtio-vsock")["faults"], 0);
+    assert!(!path.exists(), "the socket is left behind");
+}
+
+#[test]
+fn a_socket_at_which_somebody_listens_is_left_to_him() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("vm.sock");
+    let listener = UnixListener::bind(&path).expect("a socket of the host");
+    shell().arg("--vsock").arg(&path).outcome().refused(1, &["--vsock", "a program listens there already"]);
+    assert!(path.exists());
+    drop(listener);
+    shell().args(["--vsock", "x,cid=2"]).outcome().refused(2, &["`2` is no guest's CID"]);
 }

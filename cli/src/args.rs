@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use crate::disks::DiskSpec;
+use crate::vsock::VsockSpec;
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 
 /// Run virtual machines made of plugins.
@@ -154,6 +155,9 @@ pub(crate) struct RunArgs {
     /// Add a network card: `user` (no privileges; `forward=2222:22` lets ssh in), `tap:NAME`, or `socket,listen=PATH` and `socket,connect=PATH`; with `mac=…`, `mtu=…`, `pcap=FILE`
     #[arg(long = "net", value_name = "KIND[,KEY=VALUE…]", value_parser = tenon_net::parse, help_heading = "Devices")]
     pub(crate) networks: Vec<tenon_net::Spec>,
+    /// Let programs of the guest and of this host connect to each other. A program in the guest that connects to port P of CID 2 reaches the Unix socket `PATH_P`. A program here connects to the Unix socket PATH, writes `CONNECT P` and a line feed, and after `OK` reaches port P of the guest, whose CID is 3 or N
+    #[arg(long, value_name = "PATH[,cid=N]", help_heading = "Devices")]
+    pub(crate) vsock: Option<VsockSpec>,
     /// What the guest's console is connected to: `stdio` (escape Ctrl-B, `Ctrl-B ?` lists), `pty`, `file:FILE` or `none`
     #[arg(long, value_name = "WHERE", default_value = "stdio", help_heading = "Devices")]
     pub(crate) console: ConsoleChoice,

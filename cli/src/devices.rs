@@ -10,13 +10,15 @@ use tenon_abi::DeviceError;
 use tenon_core::{Lifecycle, NetworkPort, Ram};
 use tenon_platform::{AcpiNode, Pci, Resource};
 use tenon_plugins::{
-    AttachError, ChannelEnd, Device, MachineParts, Plugin, Status, Store, VirtioDevice, VirtioParts,
+    AttachError, ChannelEnd, Device, MachineParts, Plugin, Status, Store, UnixSocket, VirtioDevice,
+    VirtioParts,
 };
 
 use crate::Usage;
 use crate::args::{PluginSpec, RunArgs};
 use crate::disks::DISK;
 use crate::plugins::{PluginSummary, Shelf, summary};
+use crate::vsock::{SOCKET, VSOCK};
 
 /// The name of the channel that is the guest's console.
 const CONSOLE: &str = "console";
@@ -60,6 +62,14 @@ pub(crate) struct Sockets {
     pub(crate) ram: Arc<Ram>,
 }
 
+/// What is behind a virtio device, by the names by which it asks for it.
+#[derive(Default)]
+struct Behind {
+    stores: Vec<(String, Arc<Store>)>,
+    ports: Vec<(String, Arc<dyn NetworkPort>)>,
+    sockets: Vec<(String, Arc<UnixSocket>)>,
+}
+
 /// The devices of a machine, as they are attached.
 pub(crate) struct Devices<'a> {
     shelf: &'a Shelf,
@@ -85,11 +95,16 @@ pub(crate) fn names_plugin(args: &RunArgs, id: &str) -> bool {
         || args.disks.iter().any(|disk| disk.stores().any(|store| store == id))
         || id == DISK && has_disk
         || id == NETWORK && !args.networks.is_empty()
+        || id == VSOCK && args.vsock.is_some()
 }
 
 /// How many devices may want a PCI slot.
 pub(crate) fn most_slots(args: &RunArgs) -> usize {
-    named(args).len() + args.disks.len() + args.cdroms.len() + args.networks.len()
+    named(args).len()
+        + args.disks.len()
+        + args.cdroms.len()
+        + args.networks.len()
+        + usize::from(args.vsock.is_some())
 }
 
 impl<'a> Devices<'a> {
@@ -100,31 +115,31 @@ impl<'a> Devices<'a> {
     /// Attaches everything that the command line names.
     pub(crate) fn attach_all(&mut self, args: &RunArgs) -> Result<()> {
         for spec in named(args) {
-            self.attach(&spec, "--device", Vec::new(), Vec::new())?;
+            self.attach(&spec, "--device", Behind::default())?;
         }
         let cdroms = args.cdroms.iter().map(|path| crate::disks::cdrom(path)).collect::<Result<Vec<_>>>()?;
         for (n, spec) in args.disks.iter().chain(&cdroms).enumerate() {
             let disk = spec.open(self.shelf, &format!("disk{n}"))?;
-            self.attach(&disk.device, "--disk", vec![(DISK_STORE.into(), disk.store)], Vec::new())?;
+            let behind = Behind { stores: vec![(DISK_STORE.into(), disk.store)], ..Behind::default() };
+            self.attach(&disk.device, "--disk", behind)?;
         }
         for (n, spec) in args.networks.iter().enumerate() {
             // Two cards of one machine have two addresses.
             let spec = tenon_net::Spec { name: format!("{}-{n}", spec.name), ..spec.clone() };
             let port = tenon_net::open(&spec)?;
             let device = PluginSpec { plugin: NETWORK.into(), settings: Vec::new() };
-            self.attach(&device, "--net", Vec::new(), vec![(NETWORK_PORT.into(), port)])?;
+            let behind = Behind { ports: vec![(NETWORK_PORT.into(), port)], ..Behind::default() };
+            self.attach(&device, "--net", behind)?;
+        }
+        if let Some(spec) = &args.vsock {
+            let behind = Behind { sockets: vec![(SOCKET.into(), spec.open()?)], ..Behind::default() };
+            self.attach(&spec.device(), "--vsock", behind)?;
         }
         Ok(())
     }
 
     /// Attaches a device. Devices of the same plugin are numbered from the second on.
-    fn attach(
-        &mut self,
-        spec: &PluginSpec,
-        option: &str,
-        stores: Vec<(String, Arc<Store>)>,
-        ports: Vec<(String, Arc<dyn NetworkPort>)>,
-    ) -> Result<()> {
+    fn attach(&mut self, spec: &PluginSpec, option: &str, behind: Behind) -> Result<()> {
         let plugin = self.shelf.load(&spec.plugin)?;
         let id = &plugin.manifest().id;
         let same = self.all.iter().filter(|other| other.plugin.manifest().id == *id).count();
@@ -138,7 +153,8 @@ impl<'a> Devices<'a> {
         };
         let Sockets { parts, pci, ram } = &self.sockets;
         let model = if plugin.is_virtio() {
-            let parts = VirtioParts { clock: parts.clock.clone(), ram: ram.clone(), stores, ports };
+            let Behind { stores, ports, sockets } = behind;
+            let parts = VirtioParts { clock: parts.clock.clone(), ram: ram.clone(), stores, ports, sockets };
             let device = plugin.attach_virtio(&name, &spec.settings, &parts).map_err(wrong)?;
             let slot = pci.attach(&name, device.clone(), None)?.to_string();
             Model::Virtio { device, slot }

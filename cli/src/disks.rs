@@ -80,7 +80,7 @@ impl fmt::Display for DiskSpec {
 }
 
 /// Splits at commas; two of them are one in the text.
-fn split_commas(text: &str) -> Vec<String> {
+pub(crate) fn split_commas(text: &str) -> Vec<String> {
     let mut parts = Vec::new();
     let mut part = String::new();
     let mut rest = text.chars().peekable();

@@ -20,6 +20,7 @@ mod trial_driver;
 mod trial_medium;
 mod trial_store;
 mod trial_virtio;
+mod vsock;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;

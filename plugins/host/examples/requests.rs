@@ -101,6 +101,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         ram: ram.clone(),
         stores: vec![("disk".into(), store)],
         ports: Vec::new(),
+        sockets: Vec::new(),
     };
     let devices = [
         host.load(Bundle::open(Path::new(device))?, &Grants::none())?.attach_virtio("wasm", &[], &parts)?,

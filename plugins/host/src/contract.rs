@@ -45,6 +45,18 @@ const VIRTIO: Offer = &[
             "[method]port.receive",
         ],
     ),
+    (
+        "sockets",
+        &[
+            "[method]socket.connect",
+            "[method]socket.news",
+            "[method]socket.accept",
+            "[method]socket.send",
+            "[method]socket.receive",
+            "[method]socket.shut",
+            "[method]socket.close",
+        ],
+    ),
     ("entropy", &["fill"]),
     ("guest-pages", &["release-numbered", "release-own", "memory-size"]),
 ];

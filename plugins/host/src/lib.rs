@@ -28,6 +28,7 @@
 //! | a device in a machine, and how it is kept alive | [`Plugin::attach`], [`Device`] |
 //! | a virtio device, for a transport to drive | [`Plugin::attach_virtio`], [`VirtioDevice`] |
 //! | a backing store | [`Plugin::open_store`], [`Store`] |
+//! | programs of the host that a device exchanges streams with | [`UnixSocket`] |
 //! | native code that is part of the program | [`Host::builtin`] |
 //! | its console and other byte streams | [`ChannelEnd`] |
 //! | a guest's images put into memory | [`Plugin::load_guest`] |
@@ -52,6 +53,7 @@ mod manifest;
 mod native;
 mod plugin;
 mod services;
+mod sockets;
 mod store;
 mod supervise;
 mod virtio;
@@ -72,6 +74,7 @@ pub use manifest::{
 };
 pub use native::NativeError;
 pub use plugin::{Grants, LoadError, LoadProblem, Plugin};
+pub use sockets::{SocketError, UnixSocket};
 pub use store::{
     Completed, Data, MAX_TRANSFER, OpenError, Operation, OperationKind, Outcome, Store, StoreGrants, StoreUse,
 };

@@ -111,6 +111,7 @@ impl Kind {
                 "requests",
                 "stores",
                 "ports",
+                "sockets",
                 "entropy",
                 "guest-pages",
             ],

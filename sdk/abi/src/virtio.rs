@@ -22,7 +22,7 @@ pub struct Queue {
     pub head: u16,
 }
 
-/// Everything that a virtio device is and needs. The index of a queue, timer, channel, store or port is the number that later calls name it by.
+/// Everything that a virtio device is and needs. The index of a queue, timer, channel, store, port or socket is the number that later calls name it by.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct VirtioDescription {
     /// The virtio device type (virtio 1.2 §5), such as 1 for network, 2 for block.
@@ -41,6 +41,8 @@ pub struct VirtioDescription {
     pub stores: Vec<String>,
     /// The names of its network ports.
     pub ports: Vec<String>,
+    /// The names of its sockets.
+    pub sockets: Vec<String>,
 }
 
 impl VirtioDescription {
@@ -96,6 +98,13 @@ impl VirtioDescription {
     #[must_use]
     pub fn port(mut self, name: &str) -> Self {
         self.ports.push(name.to_owned());
+        self
+    }
+
+    /// Adds a socket.
+    #[must_use]
+    pub fn socket(mut self, name: &str) -> Self {
+        self.sockets.push(name.to_owned());
         self
     }
 }
@@ -279,6 +288,70 @@ pub struct PortInfo {
     pub receive: Offloads,
 }
 
+/// How a stream of a socket is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StreamState {
+    /// Its number.
+    pub number: u32,
+    /// The port in the guest that a program outside asks for, until the stream is accepted. None for a stream that the device has begun.
+    pub wanted: Option<u32>,
+    /// There may be bytes to receive.
+    pub readable: bool,
+    /// No bytes will come any more, and everything was received.
+    pub ended: bool,
+    /// The program outside takes no more bytes.
+    pub deaf: bool,
+    /// How many bytes that were sent the program outside has not been given yet.
+    pub unsent: u32,
+}
+
+/// What came of sending.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sent {
+    /// How many bytes were taken, from the front.
+    pub taken: u32,
+    /// How many bytes that were sent the program outside has not been given yet.
+    pub unsent: u32,
+}
+
+/// A [`StreamState`] as the tables pass it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StreamRecord {
+    /// The stream's number.
+    pub number: u32,
+    /// The port that is wanted; 0 if none is.
+    pub wanted: u32,
+    /// As in the state.
+    pub unsent: u32,
+    /// Bit 0: a port is wanted; 1: readable; 2: ended; 3: deaf. The others are 0.
+    pub flags: u32,
+}
+
+impl From<StreamState> for StreamRecord {
+    fn from(state: StreamState) -> Self {
+        let StreamState { number, wanted, readable, ended, deaf, unsent } = state;
+        let flags = [wanted.is_some(), readable, ended, deaf];
+        let flags = flags.iter().rev().fold(0, |bits, flag| bits << 1 | u32::from(*flag));
+        Self { number, wanted: wanted.unwrap_or(0), unsent, flags }
+    }
+}
+
+impl From<StreamRecord> for StreamState {
+    fn from(record: StreamRecord) -> Self {
+        let StreamRecord { number, wanted, unsent, flags } = record;
+        let has = |bit: u32| flags & 1 << bit != 0;
+        Self {
+            number,
+            wanted: has(0).then_some(wanted),
+            readable: has(1),
+            ended: has(2),
+            deaf: has(3),
+            unsent,
+        }
+    }
+}
+
 table! {
     /// What the host offers a virtio device. Names follow the rule of [`crate::DeviceHost`]. An index of a timer, channel, store or port that the
     /// device was not given does nothing. A misdeed that ends the instance by the WIT, such as a handle that the device does not hold, changes nothing
@@ -328,6 +401,20 @@ table! {
         port_waiting: fn(context: *mut c_void, port: u32, max: u32, lengths: *mut u32) -> u32;
         /// Takes `frames` frames into requests: `counts` has an entry for each frame, `requests` their sum.
         port_receive: fn(context: *mut c_void, port: u32, counts: *const u16, frames: u32, requests: *const Handle, count: u32);
+        /// The number of the new stream goes to `number`; returns 1 if there is one, else 0.
+        socket_connect: fn(context: *mut c_void, socket: u32, port: u32, number: *mut u32) -> u32;
+        /// The states go to `states`, which has room for `max`; returns how many.
+        socket_news: fn(context: *mut c_void, socket: u32, max: u32, states: *mut StreamRecord) -> u32;
+        /// As in the WIT.
+        socket_accept: fn(context: *mut c_void, socket: u32, number: u32, port: u32);
+        /// Moves bytes of the readable part to a stream; returns how many were taken. How many are kept goes to `unsent`.
+        socket_send: fn(context: *mut c_void, socket: u32, request: Handle, offset: u32, length: u32, number: u32, unsent: *mut u32) -> u32;
+        /// Moves bytes of a stream into the writable part; returns how many there were.
+        socket_receive: fn(context: *mut c_void, socket: u32, request: Handle, offset: u32, length: u32, number: u32) -> u32;
+        /// As in the WIT; `receive` and `send` are 0 or 1.
+        socket_shut: fn(context: *mut c_void, socket: u32, number: u32, receive: u32, send: u32);
+        /// As in the WIT.
+        socket_close: fn(context: *mut c_void, socket: u32, number: u32);
         /// Fills a part of the writable part with random bytes; returns how many.
         entropy_fill: fn(context: *mut c_void, request: Handle, offset: u32, length: u32) -> u32;
         /// As in the WIT.
@@ -351,8 +438,8 @@ table! {
         /// `config` is encoded settings ([`crate::wire::encode_settings`]); the sink gets the description
         /// ([`crate::wire::encode_virtio_description`]), or the error.
         describe: fn(instance: *mut c_void, config: Bytes<'_>, output: Sink) -> Status;
-        /// How many timers, channels, stores and ports were granted: all that the description asked for. The sink gets the error, if any.
-        start: fn(instance: *mut c_void, timers: u32, channels: u32, stores: u32, ports: u32, output: Sink) -> Status;
+        /// How many timers, channels, stores, ports and sockets were granted: all that the description asked for. The sink gets the error, if any.
+        start: fn(instance: *mut c_void, timers: u32, channels: u32, stores: u32, ports: u32, sockets: u32, output: Sink) -> Status;
         /// The sink gets the error, if any.
         activate: fn(instance: *mut c_void, features: u64, output: Sink) -> Status;
         /// The value goes to `value`.
@@ -367,6 +454,8 @@ table! {
         port_ready: fn(instance: *mut c_void, port: u32) -> Status;
         /// As in the WIT.
         port_changed: fn(instance: *mut c_void, port: u32) -> Status;
+        /// As in the WIT.
+        socket_ready: fn(instance: *mut c_void, socket: u32) -> Status;
         /// As in the WIT.
         store_changed: fn(instance: *mut c_void, store: u32) -> Status;
         /// As in the WIT.
@@ -390,5 +479,6 @@ table! {
 const _: () = {
     assert!(size_of::<RequestRecord>() == 16 && align_of::<RequestRecord>() == 4);
     assert!(size_of::<RequestOperation>() == 40 && align_of::<RequestOperation>() == 8);
+    assert!(size_of::<StreamRecord>() == 16 && align_of::<StreamRecord>() == 4);
     assert!(size_of::<Answer>() == 8 && size_of::<OperationDone>() == 8 && size_of::<Handle>() == 4);
 };

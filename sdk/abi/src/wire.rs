@@ -146,8 +146,17 @@ pub fn decode_device_error(bytes: &[u8]) -> Result<DeviceError, WireError> {
 /// Encodes a virtio device's description.
 #[must_use]
 pub fn encode_virtio_description(description: &VirtioDescription) -> Vec<u8> {
-    let VirtioDescription { device_type, features, queues, config_size, timers, channels, stores, ports } =
-        description;
+    let VirtioDescription {
+        device_type,
+        features,
+        queues,
+        config_size,
+        timers,
+        channels,
+        stores,
+        ports,
+        sockets,
+    } = description;
     let mut out = Writer::default();
     out.u16(*device_type);
     out.u64(*features);
@@ -158,7 +167,7 @@ pub fn encode_virtio_description(description: &VirtioDescription) -> Vec<u8> {
     });
     out.u16(*config_size);
     out.u32(*timers);
-    for names in [channels, stores, ports] {
+    for names in [channels, stores, ports, sockets] {
         out.list(names, |out, name| out.text(name));
     }
     out.0
@@ -179,6 +188,7 @@ pub fn decode_virtio_description(bytes: &[u8]) -> Result<VirtioDescription, Wire
             channels: r.list(Reader::text)?,
             stores: r.list(Reader::text)?,
             ports: r.list(Reader::text)?,
+            sockets: r.list(Reader::text)?,
         })
     })
 }

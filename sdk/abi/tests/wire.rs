@@ -50,6 +50,7 @@ fn virtio() -> VirtioDescription {
         .channel("console")
         .store("disk")
         .port("net")
+        .socket("vsock")
 }
 
 fn store() -> StoreInfo {

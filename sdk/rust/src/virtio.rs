@@ -47,11 +47,14 @@
 //! | [`read`], [`write`](write()), [`complete`], [`complete_all`], [`to_channel`], [`from_channel`], [`config_changed`], [`needs_reset`] | `requests` |
 //! | [`Store`] | `stores` |
 //! | [`Port`] | `ports` |
+//! | [`Socket`] | `sockets` |
 //! | [`fill_random`] | `entropy` |
 //! | [`release_numbered`], [`release_own`], [`memory_size`] | `guest-pages` |
 //!
 //! A misdeed, such as a handle that the device does not hold, ends the instance, as a panic does: the host makes a new one from the last saved state and gives it the unfinished
 //! requests again.
+//!
+//! Long for the documentation of what a device does and has.
 
 #[cfg(target_arch = "wasm32")]
 #[doc(hidden)]
@@ -68,8 +71,8 @@ use component as sys;
 use hosted as sys;
 
 pub use tenon_abi::{
-    Answer, Handle, Offloads, OperationDone, PortInfo, Queue, RequestOperation, RequestRecord, StoreError,
-    StoreInfo, VirtioDescription,
+    Answer, Handle, Offloads, OperationDone, PortInfo, Queue, RequestOperation, RequestRecord, Sent,
+    StoreError, StoreInfo, StreamState, VirtioDescription,
 };
 
 pub use crate::device::{
@@ -139,6 +142,11 @@ pub trait VirtioDevice: Sized + Send + 'static {
     /// Port number `port` has another [`PortInfo`].
     fn port_changed(&mut self, port: u32) {
         let _ = port;
+    }
+
+    /// Socket number `socket` has news of its streams. Called again only after [`Socket::news`] has given fewer than it was asked for.
+    fn socket_ready(&mut self, socket: u32) {
+        let _ = socket;
     }
 
     /// Store number `store` has another [`StoreInfo`].
@@ -247,6 +255,7 @@ pub struct Attachment {
     channels: std::vec::IntoIter<Channel>,
     stores: std::vec::IntoIter<Store>,
     ports: std::vec::IntoIter<Port>,
+    sockets: std::vec::IntoIter<Socket>,
 }
 
 impl Attachment {
@@ -280,6 +289,14 @@ impl Attachment {
     /// The description asked for no more.
     pub fn port(&mut self) -> Result<Port> {
         self.ports.next().ok_or_else(|| missing("port"))
+    }
+
+    /// The next socket: the first call gives socket 0.
+    ///
+    /// # Errors
+    /// The description asked for no more.
+    pub fn socket(&mut self) -> Result<Socket> {
+        self.sockets.next().ok_or_else(|| missing("socket"))
     }
 }
 
@@ -429,6 +446,56 @@ impl Port {
         if !counts.is_empty() {
             self.0.receive(counts, requests);
         }
+    }
+}
+
+/// A place outside where programs listen and connect. Streams of bytes go to and from them; each is named by a number, and is the device's until it closes it.
+///
+/// A number that the device does not hold ends the instance. A new instance has no streams: the host closes those of the old one.
+pub struct Socket(sys::Socket);
+
+impl Socket {
+    /// Begins a stream to the program that listens outside as `port`. None if there is none, or there are too many streams (1024 of a socket).
+    #[must_use]
+    pub fn connect(&self, port: u32) -> Option<u32> {
+        self.0.connect(port)
+    }
+
+    /// How those streams are, at most `max`, that are no longer as the device was last told, and those that programs outside have begun. When there are fewer, the
+    /// host calls [`VirtioDevice::socket_ready`] when there are more.
+    #[must_use]
+    pub fn news(&self, max: u32) -> Vec<StreamState> {
+        self.0.news(max)
+    }
+
+    /// Takes a stream that a program outside has begun. The program is told so, and `port` as the number of its own end. Bytes flow from then on.
+    pub fn accept(&self, number: u32, port: u32) {
+        self.0.accept(number, port);
+    }
+
+    /// Moves at most `length` bytes (and 1 MiB) of the readable part from `offset` to the outside. All are taken but those that would make the host keep more than 64 KiB of a
+    /// stream. [`Socket::news`] tells when the program outside was given some of those that are kept.
+    #[must_use]
+    pub fn send(&self, request: Handle, offset: u32, length: u32, number: u32) -> Sent {
+        self.0.send(request, offset, length, number)
+    }
+
+    /// Moves at most `length` bytes (and 1 MiB) that came from the outside into the writable part at `offset`. Returns how many there were. When that is fewer,
+    /// [`Socket::news`] tells of the stream when there are more, or when there will be none.
+    #[must_use]
+    pub fn receive(&self, request: Handle, offset: u32, length: u32, number: u32) -> u32 {
+        self.0.receive(request, offset, length, number)
+    }
+
+    /// Ends the stream's directions: with `receive` nothing more is taken from the outside, with `send` nothing more is sent, and the program is told so once it has
+    /// been given what was sent before.
+    pub fn shut(&self, number: u32, receive: bool, send: bool) {
+        self.0.shut(number, receive, send);
+    }
+
+    /// Gives the stream up. What was sent before still goes out, if it was accepted.
+    pub fn close(&self, number: u32) {
+        self.0.close(number);
     }
 }
 

@@ -1,15 +1,17 @@
 //! A native virtio device, called through its table as a host calls it.
+//!
+//! Long for the table: every function of the contract once in each direction.
 #![allow(unsafe_code, clippy::unwrap_used, reason = "the host's side of a foreign-function interface")]
 
 use std::cell::RefCell;
 use std::ffi::c_void;
 use std::ptr;
 
-use tenon_sdk::abi::{Bytes, Sink, Status, VirtioHost, VirtioTable, wire};
+use tenon_sdk::abi::{Bytes, Sink, Status, StreamRecord, VirtioHost, VirtioTable, wire};
 use tenon_sdk::virtio::{
     self, Answer, Attachment, Batch, Channel, Config, Decoder, Encoder, Error, Handle, Offloads,
-    OperationDone, Port, PortInfo, RequestOperation, RequestRecord, Result, Store, StoreError, StoreInfo,
-    Timer, VirtioDescription, VirtioDevice, info,
+    OperationDone, Port, PortInfo, RequestOperation, RequestRecord, Result, Sent, Socket, Store, StoreError,
+    StoreInfo, StreamState, Timer, VirtioDescription, VirtioDevice, info,
 };
 
 /// Uses everything at the first request of a batch.
@@ -18,6 +20,7 @@ struct Everything {
     channel: Channel,
     store: Store,
     port: Port,
+    socket: Socket,
     value: u64,
 }
 
@@ -27,14 +30,14 @@ impl VirtioDevice for Everything {
     fn describe(config: &Config) -> Result<VirtioDescription> {
         let size = config.number("size")?.unwrap_or(64);
         let description = VirtioDescription::new(7).features(5).queue("requests", size, 4).config(8);
-        Ok(description.timer().channel("console").store("disk").port("net"))
+        Ok(description.timer().channel("console").store("disk").port("net").socket("vsock"))
     }
 
     fn start(_config: &Config, mut attachment: Attachment) -> Result<Self> {
         let (timer, channel) = (attachment.timer()?, attachment.channel()?);
-        let (store, port) = (attachment.store()?, attachment.port()?);
-        assert!(attachment.port().is_err() && attachment.store().is_err());
-        Ok(Self { timer, channel, store, port, value: 0 })
+        let (store, port, socket) = (attachment.store()?, attachment.port()?, attachment.socket()?);
+        assert!(attachment.port().is_err() && attachment.store().is_err() && attachment.socket().is_err());
+        Ok(Self { timer, channel, store, port, socket, value: 0 })
     }
 
     fn activate(&mut self, features: u64) -> Result<()> {
@@ -80,6 +83,17 @@ impl VirtioDevice for Everything {
         self.port.send(&[one, Handle(9)]);
         assert_eq!(self.port.waiting(5), [60, 61]);
         self.port.receive(&[1, 0], &[one]);
+        assert_eq!((self.socket.connect(20), self.socket.connect(0)), (Some(21), None));
+        let [first, second] = self.socket.news(6)[..] else { panic!("two are told of") };
+        assert_eq!(first, StreamState { number: 1, wanted: Some(0), ended: true, ..StreamState::default() });
+        let all =
+            StreamState { number: 2, wanted: None, readable: true, ended: false, deaf: true, unsent: 3 };
+        assert_eq!(second, all);
+        self.socket.accept(22, 23);
+        assert_eq!(self.socket.send(one, 24, 25, 26), Sent { taken: 27, unsent: 34 });
+        assert_eq!(self.socket.receive(one, 28, 29, 30), 31);
+        self.socket.shut(32, false, true);
+        self.socket.close(33);
         self.timer.arm(17);
         assert_eq!((self.channel.write(b"cd"), self.channel.read(3)), (18, vec![7]));
         virtio::config_changed();
@@ -98,6 +112,10 @@ impl VirtioDevice for Everything {
 
     fn port_changed(&mut self, port: u32) {
         info!("port {port} changed");
+    }
+
+    fn socket_ready(&mut self, socket: u32) {
+        info!("socket {socket} ready");
     }
 
     fn store_changed(&mut self, store: u32) {
@@ -176,6 +194,10 @@ notes! {
     requests_config_changed();
     requests_needs_reset();
     port_accept(port: u32, offloads: u32);
+    socket_accept(socket: u32, number: u32, port: u32);
+    socket_receive(socket: u32, request: Handle, offset: u32, length: u32, number: u32) -> u32 = 31;
+    socket_shut(socket: u32, number: u32, receive: u32, send: u32);
+    socket_close(socket: u32, number: u32);
     entropy_fill(request: Handle, offset: u32, length: u32) -> u32 = 11;
     guest_pages_release_numbered(request: Handle) -> u32 = 12;
     guest_pages_release_own(request: Handle) -> u32 = 13;
@@ -284,6 +306,33 @@ unsafe extern "C" fn port_receive(
     };
     note(context, format!("port_receive({port} {counts:?} {requests:?})"));
 }
+unsafe extern "C" fn socket_connect(_: *mut c_void, _: u32, port: u32, number: *mut u32) -> u32 {
+    // SAFETY: there is room for a number.
+    unsafe { number.write(21) };
+    port / 20
+}
+unsafe extern "C" fn socket_send(
+    context: *mut c_void,
+    socket: u32,
+    request: Handle,
+    offset: u32,
+    length: u32,
+    number: u32,
+    unsent: *mut u32,
+) -> u32 {
+    note(context, format!("socket_send({socket} {request:?} {offset} {length} {number})"));
+    // SAFETY: there is room for a number.
+    unsafe { unsent.write(34) };
+    27
+}
+unsafe extern "C" fn socket_news(_: *mut c_void, _: u32, max: u32, states: *mut StreamRecord) -> u32 {
+    assert_eq!(max, 6);
+    let first = StreamRecord { number: 1, wanted: 0, unsent: 0, flags: 0b0101 };
+    let second = StreamRecord { number: 2, wanted: 9, unsent: 3, flags: 0b1010 };
+    // SAFETY: there is room for `max` states.
+    unsafe { ptr::copy_nonoverlapping([first, second].as_ptr(), states, 2) };
+    2
+}
 unsafe extern "C" fn panicked(context: *mut c_void, message: Bytes<'_>) {
     note(context, format!("panicked: {}", text(message)));
 }
@@ -312,6 +361,13 @@ static HOST: VirtioHost = VirtioHost {
     port_send,
     port_waiting,
     port_receive,
+    socket_connect,
+    socket_news,
+    socket_accept,
+    socket_send,
+    socket_receive,
+    socket_shut,
+    socket_close,
     entropy_fill,
     guest_pages_release_numbered,
     guest_pages_release_own,
@@ -340,7 +396,7 @@ impl Instance {
         assert_eq!((description.device_type, description.stores.as_slice()), (7, &["disk".to_owned()][..]));
         // SAFETY: by the convention.
         let started =
-            instance.ask(|table, instance, sink| unsafe { (table.start)(instance, 1, 1, 1, 1, sink) });
+            instance.ask(|table, instance, sink| unsafe { (table.start)(instance, 1, 1, 1, 1, 1, sink) });
         assert_eq!(started.0, Status::OK);
         instance
     }
@@ -397,6 +453,11 @@ fn every_call_crosses_the_boundary_in_both_directions() {
         "port_accept(0 2)",
         "port_send(0 [Handle(70), Handle(9)])",
         "port_receive(0 [1, 0] [Handle(70)])",
+        "socket_accept(0 22 23)",
+        "socket_send(0 Handle(70) 24 25 26)",
+        "socket_receive(0 Handle(70) 28 29 30)",
+        "socket_shut(0 32 0 1)",
+        "socket_close(0 33)",
         "timer_arm(0 17)",
         "channel_write(0 cd)",
         "requests_config_changed()",
@@ -412,13 +473,14 @@ fn every_call_crosses_the_boundary_in_both_directions() {
             (table().operations_done)(device.0, done.as_ptr(), 2),
             (table().port_ready)(device.0, 1),
             (table().port_changed)(device.0, 2),
+            (table().socket_ready)(device.0, 7),
             (table().store_changed)(device.0, 3),
             (table().channel_readable)(device.0, 4),
             (table().channel_writable)(device.0, 5),
             (table().timer_fired)(device.0, 6),
         ]
     };
-    assert_eq!(statuses, [Status::OK; 7]);
+    assert_eq!(statuses, [Status::OK; 8]);
     // SAFETY: by the convention.
     let adjusted = device.ask(|table, device, sink| unsafe {
         (table.adjust)(device, Bytes::new(b"k"), Bytes::new(b"v"), sink)
@@ -428,6 +490,7 @@ fn every_call_crosses_the_boundary_in_both_directions() {
         "2 done Ok(()) Err(NoSpace)",
         "2 port 1 ready",
         "2 port 2 changed",
+        "2 socket 7 ready",
         "2 store 3 changed",
         "2 channel 4 readable",
         "2 channel 5 writable",

@@ -31,7 +31,7 @@
 //! | bench | around | checked by |
 //! | --- | --- | --- |
 //! | [`Bench`] | a device with registers | [`conformance`] |
-//! | [`VirtioBench`] | a virtio device: the test makes requests available, and has its stores, ports and channels in hand | [`virtio_conformance`], and [`blk_conformance`] for disks |
+//! | [`VirtioBench`] | a virtio device: the test makes requests available, and has its stores, ports, sockets and channels in hand | [`virtio_conformance`], and [`blk_conformance`] for disks |
 //! | [`StoreBench`] | a store, over stores in memory that fail, forget or lose power as the test says | [`store_conformance`] |
 //! | [`NativeStoreBench`] | a native store behind its table, of either trait | [`suite::store`] |
 //! | [`LoadBench`] | a personality | – |
@@ -59,8 +59,8 @@ pub use memory::{Counts, MemoryStore, On};
 pub use outside::LineState;
 pub use store::{NativeStoreBench, StoreBench, StoreChecks, StoreSubject, store_conformance};
 pub use virtio::{
-    Answered, PortEnd, Ticket, VirtioBench, VirtioChannelEnd, VirtioSetup, VirtioSubject, blk_conformance,
-    virtio_conformance,
+    Answered, PortEnd, SocketEnd, Ticket, VirtioBench, VirtioChannelEnd, VirtioSetup, VirtioSubject,
+    blk_conformance, virtio_conformance,
 };
 
 /// The conformance suites over any subject: a bench of this crate, or a plugin as a host has loaded it.

@@ -5,10 +5,12 @@ mod blk;
 mod ends;
 pub(crate) mod fuzz;
 mod outside;
+mod sockets;
 mod suite;
 
 pub use bench::{VirtioBench, VirtioSetup};
 pub use blk::{blk, blk_conformance};
 pub use ends::{PortEnd, VirtioChannelEnd};
 pub use outside::{Answered, Ticket};
+pub use sockets::SocketEnd;
 pub use suite::{VirtioSubject, virtio, virtio_conformance};

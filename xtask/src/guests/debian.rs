@@ -19,6 +19,8 @@ const BUSYBOX: &str = "busybox-static";
 /// Raised when the way in which the files are made changes.
 const RECIPE: u32 = 2;
 const MANIFEST: &str = "manifest.toml";
+/// What the guest has besides busybox: programs in Rust, of one file each.
+const PROGRAMS: [&str; 2] = ["port", "vsock"];
 const FILES: [&str; 4] = ["vmlinuz", "vmlinux", "initramfs.cpio.gz", "initramfs-virtio.cpio.gz"];
 
 /// The files of the Debian guest.
@@ -27,7 +29,7 @@ pub(crate) struct Debian {
     pub(crate) vmlinuz: PathBuf,
     /// The same, unpacked: an ELF file.
     pub(crate) vmlinux: PathBuf,
-    /// Busybox, the init script and the program `port`.
+    /// Busybox, the init script and the [`PROGRAMS`].
     pub(crate) initramfs: PathBuf,
     /// The same with the modules of virtio devices, which the init script loads.
     pub(crate) initramfs_virtio: PathBuf,
@@ -79,36 +81,40 @@ pub(crate) fn make(refresh: bool) -> Result<Debian> {
 struct Sources {
     /// The init script.
     init: Vec<u8>,
-    /// The program `port`, in Rust.
-    port: Vec<u8>,
+    /// The source of each of [`PROGRAMS`].
+    programs: Vec<Vec<u8>>,
 }
 
 impl Sources {
-    const PORT: &str = "tests/guests/linux/port.rs";
+    /// Where a program's source is.
+    fn source(program: &str) -> PathBuf {
+        tree::root().join(format!("tests/guests/linux/{program}.rs"))
+    }
 
     fn read() -> Result<Self> {
-        let read = |path: &str| {
-            let path = tree::root().join(path);
-            fs::read(&path).with_context(|| format!("cannot read {}", path.display()))
-        };
-        Ok(Self { init: read("tests/guests/linux/init")?, port: read(Self::PORT)? })
+        let read = |path: PathBuf| fs::read(&path).with_context(|| format!("cannot read {}", path.display()));
+        let programs = PROGRAMS.iter().map(|program| read(Self::source(program))).collect::<Result<_>>()?;
+        Ok(Self { init: read(tree::root().join("tests/guests/linux/init"))?, programs })
     }
 
     fn digest(&self) -> String {
         let mut hasher = blake3::Hasher::new();
-        hasher.update(&RECIPE.to_le_bytes()).update(&self.init).update(&self.port);
+        hasher.update(&RECIPE.to_le_bytes()).update(&self.init);
+        for source in &self.programs {
+            hasher.update(source);
+        }
         hasher.finalize().to_string()
     }
 
-    /// Compiles `port` into a static program.
-    fn compile_port(scratch: &Path) -> Result<Vec<u8>> {
-        let program = scratch.join("port");
+    /// Compiles one of [`PROGRAMS`] into a static program.
+    fn compile(name: &str, scratch: &Path) -> Result<Vec<u8>> {
+        let program = scratch.join(name);
         let options = ["opt-level=s", "panic=abort", "strip=symbols"].map(|option| format!("-C{option}"));
         run(command("rustc")
             .args(["--edition", "2024", "--target", "x86_64-unknown-linux-musl", "-o"])
             .arg(&program)
             .args(options)
-            .arg(tree::root().join(Self::PORT)))?;
+            .arg(Self::source(name)))?;
         Ok(fs::read(&program)?)
     }
 }
@@ -164,11 +170,12 @@ fn fetch(folder: &Path, sources: &Sources) -> Result<String> {
     let vmlinux = kernel::unpack(&vmlinuz).context("cannot unpack Debian's kernel")?;
     let busybox = ["usr/bin/busybox", "bin/busybox"].map(|path| tree.join(path));
     let busybox = busybox.iter().find(|path| path.is_file()).context("the package has no busybox")?;
-    let port = Sources::compile_port(scratch.path())?;
+    let programs = PROGRAMS.map(|name| Sources::compile(name, scratch.path()).map(|program| (name, program)));
+    let programs = programs.into_iter().collect::<Result<Vec<_>>>()?;
     let modules =
         modules::with_dependencies(&tree.join(format!("lib/modules/{release}/kernel")), &modules::VIRTIO)?;
-    let plain = initramfs(&sources.init, &port, busybox, &[])?;
-    let virtio = initramfs(&sources.init, &port, busybox, &modules)?;
+    let plain = initramfs(&sources.init, &programs, busybox, &[])?;
+    let virtio = initramfs(&sources.init, &programs, busybox, &modules)?;
     let mut digests = Vec::new();
     for (file, bytes) in FILES.iter().zip([vmlinuz, vmlinux, plain, virtio]) {
         // Written beside and renamed, so that no reader sees half a file.
@@ -182,7 +189,12 @@ fn fetch(folder: &Path, sources: &Sources) -> Result<String> {
     Ok(release)
 }
 
-fn initramfs(init: &[u8], port: &[u8], busybox: &Path, modules: &[Module]) -> Result<Vec<u8>> {
+fn initramfs(
+    init: &[u8],
+    programs: &[(&str, Vec<u8>)],
+    busybox: &Path,
+    modules: &[Module],
+) -> Result<Vec<u8>> {
     let applets = capture(command(busybox).arg("--list"))?;
     let mut archive = Archive::default();
     for folder in ["bin", "dev", "proc", "sys", "tmp"] {
@@ -193,7 +205,9 @@ fn initramfs(init: &[u8], port: &[u8], busybox: &Path, modules: &[Module]) -> Re
     for applet in applets.lines().filter(|name| *name != "busybox") {
         archive.link(&format!("bin/{applet}"), "busybox");
     }
-    archive.program("bin/port", port);
+    for (name, program) in programs {
+        archive.program(&format!("bin/{name}"), program);
+    }
     archive.program("init", init);
     if !modules.is_empty() {
         archive.folder("modules");

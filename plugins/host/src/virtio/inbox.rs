@@ -43,6 +43,7 @@ pub(super) struct Inbox {
     pub(super) frames: Bits,
     pub(super) ports: Bits,
     pub(super) stores: Bits,
+    pub(super) sockets: Bits,
     /// Bit 0: something was left to be done by a call on another thread.
     pub(super) poked: Bits,
     done: Mutex<Vec<Outcome>>,
@@ -57,6 +58,7 @@ pub(super) enum News {
     Frames,
     Port,
     Store,
+    Socket,
     Poke,
 }
 
@@ -80,6 +82,7 @@ impl Inbox {
             News::Frames => &self.frames,
             News::Port => &self.ports,
             News::Store => &self.stores,
+            News::Socket => &self.sockets,
             News::Poke => &self.poked,
         };
         bits.set(index);

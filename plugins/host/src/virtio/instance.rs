@@ -29,6 +29,7 @@ pub(crate) enum Entry<'a> {
     PortReady(u32),
     PortChanged(u32),
     StoreChanged(u32),
+    SocketReady(u32),
     Readable(u32),
     Writable(u32),
     /// A timer came due at this time.

@@ -416,6 +416,7 @@ impl Keeper {
         state: Option<&SavedState>,
     ) -> Result<Box<dyn VirtioInstance>, Failure> {
         services.base.prepare();
+        services.clear_sockets();
         let (mut instance, description) = describe(&*self.maker, &self.settings, services)?;
         if description != self.description {
             let fault = Fault::Contract("`describe` gives another description than the first time".into());
@@ -521,6 +522,7 @@ impl Keeper {
             return Err(format!("the device `{}` has no host side", self.name));
         };
         let levels = services.base.levels();
+        let had_streams = services.clear_sockets();
         match self.bring_up(services, Some(state), None, u64::MAX) {
             Ok((instance, _, state)) => {
                 self.failures.clear();
@@ -541,8 +543,8 @@ impl Keeper {
                         None => self.idle = Some(services),
                     }
                 }
-                // The requests were given to the new instance: the old one's hold on them is gone.
-                if self.services().is_some_and(|services| !services.table.is_empty()) {
+                // The requests were given to the new instance: the old one's hold on them is gone, and so are its streams.
+                if had_streams || self.services().is_some_and(|services| !services.table.is_empty()) {
                     self.restart(what.clone(), None, u64::MAX);
                 }
                 Err(format!("restoring the device `{}`: {what}", self.name))

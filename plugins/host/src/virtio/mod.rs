@@ -11,7 +11,7 @@
 //! | the thread, its rounds and batches | [`worker`] |
 //! | what it is woken by | [`inbox`] |
 //! | requests that are held, and what was done for them | [`table`] |
-//! | what the plugin's imports do | [`services`] |
+//! | what the plugin's imports do | [`services`], [`sockets`] |
 //! | saving, restarts, giving up | [`keeper`] |
 //! | the two sorts of instance | [`wasm`], [`native`] |
 
@@ -21,6 +21,7 @@ mod keeper;
 mod native;
 mod pages;
 mod services;
+mod sockets;
 mod table;
 mod wasm;
 mod worker;
@@ -49,14 +50,15 @@ use crate::fault::Fault;
 use crate::manifest::Kind;
 use crate::plugin::{Code, Plugin};
 use crate::services::Services;
+use crate::sockets::UnixSocket;
 use crate::store::Store;
 use crate::supervise::Status;
 
 pub use keeper::VirtioUse;
 pub(crate) use wasm::VirtioState;
 
-/// The most queues, timers, channels, stores and ports that a device may ask for.
-const MOST: [usize; 5] = [256, 64, 64, 16, 16];
+/// The most queues, timers, channels, stores, ports and sockets that a device may ask for.
+const MOST: [usize; 6] = [256, 64, 64, 16, 16, 16];
 
 /// The parts of a machine that a virtio device is attached to, and what it may be given by name.
 #[derive(Clone)]
@@ -69,6 +71,8 @@ pub struct VirtioParts {
     pub stores: Vec<(String, Arc<Store>)>,
     /// Network ports, by the names by which devices ask for them, such as `net`.
     pub ports: Vec<(String, Arc<dyn NetworkPort>)>,
+    /// Sockets, by the names by which devices ask for them, such as `vsock`. Each is one device's.
+    pub sockets: Vec<(String, Arc<UnixSocket>)>,
 }
 
 /// A plugin's virtio device in a machine. A transport drives it by [`QueueDevice`]. Dropping it ends it as [`QueueDevice::stop`] does.
@@ -158,6 +162,9 @@ impl VirtioDevice {
         let ports = choose(&description.ports, &parts.ports).map_err(|wanted| {
             missing("network port", wanted, parts.ports.iter().map(|(name, _)| name).collect())
         })?;
+        let sockets = choose(&description.sockets, &parts.sockets).map_err(|wanted| {
+            missing("socket", wanted, parts.sockets.iter().map(|(name, _)| name).collect())
+        })?;
         let tell = |news, index: u32| {
             let inbox = Arc::downgrade(&inbox);
             move || {
@@ -193,9 +200,12 @@ impl VirtioDevice {
                 PortNews::Changed => changed(),
             }));
         }
+        for (index, socket) in (0..).zip(&sockets) {
+            socket.watch(tell(News::Socket, index));
+        }
         if let Some(services) = instance.services() {
             services.base.grant(Vec::new(), timers, channels.clone());
-            services.grant(stores.clone(), ports);
+            services.grant(stores.clone(), ports, sockets);
         }
         let profile = QueueProfile {
             device_type: description.device_type,
@@ -334,13 +344,18 @@ fn choose<'w, T: Clone>(wanted: &'w [String], given: &[(String, T)]) -> Result<V
 
 fn check(device: &str, description: &VirtioDescription) -> Result<(), AttachError> {
     let wrong = |what: String| Err(AttachError::Description { device: device.to_owned(), what });
-    let VirtioDescription { features, queues, config_size, timers, channels, stores, ports, .. } =
+    let VirtioDescription { features, queues, config_size, timers, channels, stores, ports, sockets, .. } =
         description;
     let timers = usize::try_from(*timers).unwrap_or(usize::MAX);
-    let counts = [queues.len(), timers, channels.len(), stores.len(), ports.len()];
-    for ((count, most), what) in
-        counts.into_iter().zip(MOST).zip(["queues", "timers", "channels", "stores", "network ports"])
-    {
+    let counts = [queues.len(), timers, channels.len(), stores.len(), ports.len(), sockets.len()];
+    for ((count, most), what) in counts.into_iter().zip(MOST).zip([
+        "queues",
+        "timers",
+        "channels",
+        "stores",
+        "network ports",
+        "sockets",
+    ]) {
         if count > most {
             return wrong(format!("it asks for {count} {what}; a device gets at most {most}"));
         }
@@ -367,11 +382,15 @@ fn check(device: &str, description: &VirtioDescription) -> Result<(), AttachErro
     if *config_size > 4096 {
         return wrong(format!("its configuration space has {config_size} bytes; at most 4096 are possible"));
     }
-    let names = queues.iter().map(|queue| &queue.name).chain(channels).chain(stores).chain(ports);
+    let names =
+        queues.iter().map(|queue| &queue.name).chain(channels).chain(stores).chain(ports).chain(sockets);
     if let Some(name) =
         names.into_iter().find(|name| name.is_empty() || name.len() > 64 || name.contains(char::is_control))
     {
-        return wrong(format!("`{}` is no name for a queue, channel, store or port", name.escape_debug()));
+        return wrong(format!(
+            "`{}` is no name for a queue, channel, store, port or socket",
+            name.escape_debug()
+        ));
     }
     Ok(())
 }

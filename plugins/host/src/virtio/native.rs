@@ -109,10 +109,12 @@ impl VirtioInstance for NativeVirtio {
     }
 
     fn start(&mut self) -> Answer<()> {
-        let [timers, channels, stores, ports] = self.services().map_or([0; 4], |services| services.counts());
+        let [timers, channels, stores, ports, sockets] =
+            self.services().map_or([0; 5], |services| services.counts());
         let sink = self.sink();
         // SAFETY: as in `describe`.
-        let status = unsafe { (self.table.start)(self.instance, timers, channels, stores, ports, sink) };
+        let status =
+            unsafe { (self.table.start)(self.instance, timers, channels, stores, ports, sockets, sink) };
         self.answer(status, |_| Ok(()))
     }
 
@@ -149,6 +151,7 @@ impl VirtioInstance for NativeVirtio {
                 Entry::Done(done) => (table.operations_done)(instance, done.as_ptr(), length(done)),
                 Entry::PortReady(port) => (table.port_ready)(instance, port),
                 Entry::PortChanged(port) => (table.port_changed)(instance, port),
+                Entry::SocketReady(socket) => (table.socket_ready)(instance, socket),
                 Entry::StoreChanged(store) => (table.store_changed)(instance, store),
                 Entry::Readable(channel) => (table.channel_readable)(instance, channel),
                 Entry::Writable(channel) => (table.channel_writable)(instance, channel),
@@ -510,6 +513,100 @@ static VIRTIO_HOST: VirtioHost = VirtioHost {
             }
         }
         receive
+    },
+    socket_connect: {
+        unsafe extern "C" fn connect(context: *mut c_void, socket: u32, port: u32, number: *mut u32) -> u32 {
+            // SAFETY: as in `log_log`; the plugin gives room for a number.
+            unsafe {
+                with(context, |services| {
+                    let stream = services.socket(socket)?.connect(port);
+                    if let Some(stream) = stream {
+                        number.write(stream);
+                    }
+                    Ok(stream.is_some().into())
+                })
+            }
+        }
+        connect
+    },
+    socket_news: {
+        unsafe extern "C" fn news(
+            context: *mut c_void,
+            socket: u32,
+            max: u32,
+            states: *mut abi::StreamRecord,
+        ) -> u32 {
+            // SAFETY: as in `log_log`; the plugin gives room for `max` states.
+            unsafe {
+                with(context, |services| {
+                    let news = services.socket_news(socket, max)?;
+                    let room = room(states, max);
+                    room.iter_mut().zip(&news).for_each(|(to, state)| *to = (*state).into());
+                    Ok(length(&news))
+                })
+            }
+        }
+        news
+    },
+    socket_accept: {
+        unsafe extern "C" fn accept(context: *mut c_void, socket: u32, number: u32, port: u32) {
+            // SAFETY: as in `log_log`.
+            unsafe { with(context, |services| services.socket(socket)?.accept(number, port)) }
+        }
+        accept
+    },
+    socket_send: {
+        unsafe extern "C" fn send(
+            context: *mut c_void,
+            socket: u32,
+            request: Handle,
+            offset: u32,
+            length: u32,
+            number: u32,
+            unsent: *mut u32,
+        ) -> u32 {
+            // SAFETY: as in `log_log`; the plugin gives room for a number.
+            unsafe {
+                with(context, |services| {
+                    let sent = services.socket_send(socket, request.0, offset, length, number)?;
+                    unsent.write(sent.unsent);
+                    Ok(sent.taken)
+                })
+            }
+        }
+        send
+    },
+    socket_receive: {
+        unsafe extern "C" fn receive(
+            context: *mut c_void,
+            socket: u32,
+            request: Handle,
+            offset: u32,
+            length: u32,
+            number: u32,
+        ) -> u32 {
+            // SAFETY: as in `log_log`.
+            unsafe {
+                with(context, |services| services.socket_receive(socket, request.0, offset, length, number))
+            }
+        }
+        receive
+    },
+    socket_shut: {
+        unsafe extern "C" fn shut(context: *mut c_void, socket: u32, number: u32, receive: u32, send: u32) {
+            // SAFETY: as in `log_log`.
+            unsafe {
+                with(context, |services| services.socket(socket)?.shut(number, receive != 0, send != 0))
+            }
+        }
+        shut
+    },
+    socket_close: {
+        unsafe extern "C" fn close(context: *mut c_void, socket: u32, number: u32) {
+            // SAFETY: as in `log_log`.
+            unsafe { with(context, |services| services.socket(socket)?.close(number)) }
+        }
+        close
     },
     entropy_fill: {
         unsafe extern "C" fn fill(context: *mut c_void, request: Handle, offset: u32, length: u32) -> u32 {

@@ -15,6 +15,7 @@ use super::pages;
 use super::table::{Held, Next, StoreOperation, Table, Transfer};
 use crate::fault::Misuse;
 use crate::services::Services;
+use crate::sockets::UnixSocket;
 use crate::store::{Completed, Data, Operation, OperationKind, Store, fill_random};
 
 /// The most bytes of one `requests.read`, and of one `entropy.fill`.
@@ -57,6 +58,7 @@ pub(crate) struct VirtioServices {
     pub(super) table: Table,
     stores: Vec<Arc<Store>>,
     ports: Vec<Arc<dyn NetworkPort>>,
+    pub(super) sockets: Vec<Arc<UnixSocket>>,
     ram: Arc<Ram>,
     inbox: Arc<Inbox>,
     completed: Arc<dyn Completed>,
@@ -82,6 +84,7 @@ impl VirtioServices {
             table: Table::new(),
             stores: Vec::new(),
             ports: Vec::new(),
+            sockets: Vec::new(),
             ram,
             completed: inbox.clone(),
             inbox,
@@ -97,16 +100,21 @@ impl VirtioServices {
     }
 
     /// Grants what the description names.
-    pub(super) fn grant(&mut self, stores: Vec<Arc<Store>>, ports: Vec<Arc<dyn NetworkPort>>) {
+    pub(super) fn grant(
+        &mut self,
+        stores: Vec<Arc<Store>>,
+        ports: Vec<Arc<dyn NetworkPort>>,
+        sockets: Vec<Arc<UnixSocket>>,
+    ) {
         self.outbox.operations = stores.iter().map(|_| Vec::new()).collect();
-        (self.stores, self.ports) = (stores, ports);
+        (self.stores, self.ports, self.sockets) = (stores, ports, sockets);
     }
 
-    /// How many timers, channels, stores and ports there are.
-    pub(super) fn counts(&self) -> [u32; 4] {
+    /// How many timers, channels, stores, ports and sockets there are.
+    pub(super) fn counts(&self) -> [u32; 5] {
         let [_, timers, channels] = self.base.counts();
         let count = |n| u32::try_from(n).unwrap_or(u32::MAX);
-        [timers, channels, count(self.stores.len()), count(self.ports.len())]
+        [timers, channels, count(self.stores.len()), count(self.ports.len()), count(self.sockets.len())]
     }
 
     /// Keeps a misdeed of native code until its call has returned.

@@ -182,17 +182,20 @@ impl VirtioInstance for WasmVirtio {
             channels: d.channels,
             stores: d.stores,
             ports: d.ports,
+            sockets: d.sockets,
         };
         Ok(self.answer(result)?.map(description))
     }
 
     fn start(&mut self) -> Answer<()> {
-        let [timers, channels, stores, ports] = self.services().map_or([0; 4], |services| services.counts());
+        let [timers, channels, stores, ports, sockets] =
+            self.services().map_or([0; 5], |services| services.counts());
         let attachment = export::VirtioAttachment {
             timers: (0..timers).map(Resource::new_own).collect(),
             channels: (0..channels).map(Resource::new_own).collect(),
             stores: (0..stores).map(Resource::new_own).collect(),
             ports: (0..ports).map(Resource::new_own).collect(),
+            sockets: (0..sockets).map(Resource::new_own).collect(),
         };
         self.begin(0);
         let result = self.bindings.tenon_device_virtio_device().call_start(&mut self.store, &attachment);
@@ -231,6 +234,7 @@ impl VirtioInstance for WasmVirtio {
             }
             Entry::PortReady(port) => guest.call_port_ready(store, port).map(Ok),
             Entry::PortChanged(port) => guest.call_port_changed(store, port).map(Ok),
+            Entry::SocketReady(socket) => guest.call_socket_ready(store, socket).map(Ok),
             Entry::StoreChanged(index) => guest.call_store_changed(store, index).map(Ok),
             Entry::Readable(channel) => guest.call_channel_readable(store, channel).map(Ok),
             Entry::Writable(channel) => guest.call_channel_writable(store, channel).map(Ok),
@@ -464,6 +468,63 @@ impl import::ports::HostPort for VirtioState {
     }
 
     fn drop(&mut self, _: Port) -> wasmtime::Result<()> {
+        Ok(())
+    }
+}
+
+type Socket = Resource<import::sockets::Socket>;
+
+impl import::sockets::Host for VirtioState {}
+
+impl import::sockets::HostSocket for VirtioState {
+    fn connect(&mut self, socket: Socket, port: u32) -> wasmtime::Result<Option<u32>> {
+        Ok(self.services()?.socket(socket.rep())?.connect(port))
+    }
+
+    fn news(&mut self, socket: Socket, max: u32) -> wasmtime::Result<Vec<import::sockets::StreamState>> {
+        let state = |state: abi::StreamState| {
+            let abi::StreamState { number, wanted, readable, ended, deaf, unsent } = state;
+            import::sockets::StreamState { number, wanted, readable, ended, deaf, unsent }
+        };
+        Ok(self.services()?.socket_news(socket.rep(), max)?.into_iter().map(state).collect())
+    }
+
+    fn accept(&mut self, socket: Socket, number: u32, port: u32) -> wasmtime::Result<()> {
+        Ok(self.services()?.socket(socket.rep())?.accept(number, port)?)
+    }
+
+    fn send(
+        &mut self,
+        socket: Socket,
+        request: u32,
+        offset: u32,
+        length: u32,
+        number: u32,
+    ) -> wasmtime::Result<import::sockets::Sent> {
+        let sent = self.services()?.socket_send(socket.rep(), request, offset, length, number)?;
+        Ok(import::sockets::Sent { taken: sent.taken, unsent: sent.unsent })
+    }
+
+    fn receive(
+        &mut self,
+        socket: Socket,
+        request: u32,
+        offset: u32,
+        length: u32,
+        number: u32,
+    ) -> wasmtime::Result<u32> {
+        Ok(self.services()?.socket_receive(socket.rep(), request, offset, length, number)?)
+    }
+
+    fn shut(&mut self, socket: Socket, number: u32, receive: bool, send: bool) -> wasmtime::Result<()> {
+        Ok(self.services()?.socket(socket.rep())?.shut(number, receive, send)?)
+    }
+
+    fn close(&mut self, socket: Socket, number: u32) -> wasmtime::Result<()> {
+        Ok(self.services()?.socket(socket.rep())?.close(number)?)
+    }
+
+    fn drop(&mut self, _: Socket) -> wasmtime::Result<()> {
         Ok(())
     }
 }

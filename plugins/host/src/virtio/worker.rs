@@ -276,7 +276,7 @@ impl Worker {
         true
     }
 
-    /// Timers, channels, ports and stores.
+    /// Timers, channels, ports, stores and sockets.
     fn news(&mut self) -> bool {
         let inbox = self.shared.inbox.clone();
         let mut worked = false;
@@ -299,7 +299,8 @@ impl Worker {
             .chain(inbox.writable.take().map(Entry::Writable))
             .chain(inbox.ports.take().map(Entry::PortChanged))
             .chain(inbox.stores.take().map(Entry::StoreChanged))
-            .chain(inbox.frames.take().map(Entry::PortReady));
+            .chain(inbox.frames.take().map(Entry::PortReady))
+            .chain(inbox.sockets.take().map(Entry::SocketReady));
         for entry in entries {
             worked = true;
             if let Some(keeper) = &mut *self.shared.lock() {

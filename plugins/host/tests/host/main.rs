@@ -13,4 +13,5 @@ mod native;
 mod queues;
 mod rings;
 mod settings;
+mod sockets;
 mod stores;

@@ -8,7 +8,7 @@ use self::bindings::exports::tenon::device::virtio_device as exports;
 use self::bindings::tenon::device as imports;
 use super::{
     Answer, Batch, Config, Handle, Offloads, OperationDone, PortInfo, RequestOperation, RequestRecord,
-    SavedState, StoreError, StoreInfo, VirtioDescription, VirtioDevice,
+    SavedState, Sent, StoreError, StoreInfo, StreamState, VirtioDescription, VirtioDevice,
 };
 use crate::device::component as device;
 
@@ -142,6 +142,44 @@ impl Port {
     }
 }
 
+pub(super) struct Socket(imports::sockets::Socket);
+
+impl Socket {
+    pub(super) fn connect(&self, port: u32) -> Option<u32> {
+        self.0.connect(port)
+    }
+
+    pub(super) fn news(&self, max: u32) -> Vec<StreamState> {
+        use imports::sockets::StreamState as Wit;
+        let state = |wit: Wit| {
+            let Wit { number, wanted, readable, ended, deaf, unsent } = wit;
+            StreamState { number, wanted, readable, ended, deaf, unsent }
+        };
+        self.0.news(max).into_iter().map(state).collect()
+    }
+
+    pub(super) fn accept(&self, number: u32, port: u32) {
+        self.0.accept(number, port);
+    }
+
+    pub(super) fn send(&self, request: Handle, offset: u32, length: u32, number: u32) -> Sent {
+        let imports::sockets::Sent { taken, unsent } = self.0.send(request.0, offset, length, number);
+        Sent { taken, unsent }
+    }
+
+    pub(super) fn receive(&self, request: Handle, offset: u32, length: u32, number: u32) -> u32 {
+        self.0.receive(request.0, offset, length, number)
+    }
+
+    pub(super) fn shut(&self, number: u32, receive: bool, send: bool) {
+        self.0.shut(number, receive, send);
+    }
+
+    pub(super) fn close(&self, number: u32) {
+        self.0.close(number);
+    }
+}
+
 fn numbers(requests: &[Handle]) -> Vec<u32> {
     requests.iter().map(|request| request.0).collect()
 }
@@ -191,12 +229,13 @@ impl<E: Exported> exports::Guest for E {
         let Some(config) = config else {
             return Err(exports::ErrorCode::Other("`start` was called before `describe`".into()));
         };
-        let exports::VirtioAttachment { timers, channels, stores, ports } = attachment;
+        let exports::VirtioAttachment { timers, channels, stores, ports, sockets } = attachment;
         let attachment = super::Attachment {
             timers: all(timers, |timer| super::Timer(device::Timer(timer))),
             channels: all(channels, |channel| super::Channel(device::Channel(channel))),
             stores: all(stores, |store| super::Store(Store(store))),
             ports: all(ports, |port| super::Port(Port(port))),
+            sockets: all(sockets, |socket| super::Socket(Socket(socket))),
         };
         let device = E::Device::start(&config, attachment)?;
         E::slot().with_borrow_mut(|slot| slot.device = Some(device));
@@ -244,6 +283,10 @@ impl<E: Exported> exports::Guest for E {
 
     fn port_changed(port: u32) {
         with::<E, _>(|device| device.port_changed(port));
+    }
+
+    fn socket_ready(socket: u32) {
+        with::<E, _>(|device| device.socket_ready(socket));
     }
 
     fn store_changed(store: u32) {
@@ -296,8 +339,17 @@ impl From<imports::stores::StoreError> for StoreError {
 
 impl From<VirtioDescription> for exports::VirtioDescription {
     fn from(description: VirtioDescription) -> Self {
-        let VirtioDescription { device_type, features, queues, config_size, timers, channels, stores, ports } =
-            description;
+        let VirtioDescription {
+            device_type,
+            features,
+            queues,
+            config_size,
+            timers,
+            channels,
+            stores,
+            ports,
+            sockets,
+        } = description;
         let queue = |queue: super::Queue| imports::virtio_types::Queue {
             name: queue.name,
             max_size: queue.max_size,
@@ -312,6 +364,7 @@ impl From<VirtioDescription> for exports::VirtioDescription {
             channels,
             stores,
             ports,
+            sockets,
         }
     }
 }

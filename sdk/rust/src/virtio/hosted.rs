@@ -3,10 +3,10 @@
 
 use std::cell::Cell;
 
-use super::{Answer, Handle, Offloads, PortInfo, RequestOperation, StoreInfo};
+use super::{Answer, Handle, Offloads, PortInfo, RequestOperation, Sent, StoreInfo, StreamState};
 use crate::device::hosted as device;
 
-/// The host of a virtio device that runs in this process: a test bench, or the other side of the native tables. Timers, channels, stores and ports are named by their
+/// The host of a virtio device that runs in this process: a test bench, or the other side of the native tables. Timers, channels, stores, ports and sockets are named by their
 /// index in the device's description. Functions are called during calls into the device, on the thread of that call. What each of them does is
 /// written at the function of [`crate::virtio`] that has its name. A virtio device has no lines and asks nothing of the machine.
 pub trait Host: device::Host {
@@ -38,6 +38,20 @@ pub trait Host: device::Host {
     fn port_waiting(&self, port: u32, max: u32) -> Vec<u32>;
     /// Takes frames into requests, and completes these.
     fn port_receive(&self, port: u32, counts: &[u16], requests: &[Handle]);
+    /// Begins a stream, if somebody listens.
+    fn socket_connect(&self, socket: u32, port: u32) -> Option<u32>;
+    /// How streams are that are no longer as they were.
+    fn socket_news(&self, socket: u32, max: u32) -> Vec<StreamState>;
+    /// Takes a stream that was begun outside.
+    fn socket_accept(&self, socket: u32, number: u32, port: u32);
+    /// Moves bytes to a stream.
+    fn socket_send(&self, socket: u32, request: Handle, offset: u32, length: u32, number: u32) -> Sent;
+    /// Moves bytes from a stream; returns how many there were.
+    fn socket_receive(&self, socket: u32, request: Handle, offset: u32, length: u32, number: u32) -> u32;
+    /// Ends directions of a stream.
+    fn socket_shut(&self, socket: u32, number: u32, receive: bool, send: bool);
+    /// Gives a stream up.
+    fn socket_close(&self, socket: u32, number: u32);
     /// Fills a part of the writable part with random bytes; returns how many.
     fn fill_random(&self, request: Handle, offset: u32, length: u32) -> u32;
     /// Gives back the pages that the request names; returns how many.
@@ -158,9 +172,41 @@ impl Port {
     }
 }
 
-/// The handles of a device that was granted so many timers, channels, stores and ports.
+pub(super) struct Socket(u32);
+
+impl Socket {
+    pub(super) fn connect(&self, port: u32) -> Option<u32> {
+        host(|host| host.socket_connect(self.0, port))
+    }
+
+    pub(super) fn news(&self, max: u32) -> Vec<StreamState> {
+        host(|host| host.socket_news(self.0, max))
+    }
+
+    pub(super) fn accept(&self, number: u32, port: u32) {
+        host(|host| host.socket_accept(self.0, number, port));
+    }
+
+    pub(super) fn send(&self, request: Handle, offset: u32, length: u32, number: u32) -> Sent {
+        host(|host| host.socket_send(self.0, request, offset, length, number))
+    }
+
+    pub(super) fn receive(&self, request: Handle, offset: u32, length: u32, number: u32) -> u32 {
+        host(|host| host.socket_receive(self.0, request, offset, length, number))
+    }
+
+    pub(super) fn shut(&self, number: u32, receive: bool, send: bool) {
+        host(|host| host.socket_shut(self.0, number, receive, send));
+    }
+
+    pub(super) fn close(&self, number: u32) {
+        host(|host| host.socket_close(self.0, number));
+    }
+}
+
+/// The handles of a device that was granted so many timers, channels, stores, ports and sockets.
 #[must_use]
-pub fn attachment(timers: u32, channels: u32, stores: u32, ports: u32) -> super::Attachment {
+pub fn attachment(timers: u32, channels: u32, stores: u32, ports: u32, sockets: u32) -> super::Attachment {
     fn all<T>(count: u32, make: impl Fn(u32) -> T) -> std::vec::IntoIter<T> {
         (0..count).map(make).collect::<Vec<_>>().into_iter()
     }
@@ -169,5 +215,6 @@ pub fn attachment(timers: u32, channels: u32, stores: u32, ports: u32) -> super:
         channels: all(channels, |n| super::Channel(device::Channel(n))),
         stores: all(stores, |n| super::Store(Store(n))),
         ports: all(ports, |n| super::Port(Port(n))),
+        sockets: all(sockets, |n| super::Socket(Socket(n))),
     }
 }

@@ -35,6 +35,7 @@ pub const fn table<D: VirtioDevice>() -> VirtioTable {
         operations_done: operations_done::<D>,
         port_ready: port_ready::<D>,
         port_changed: port_changed::<D>,
+        socket_ready: socket_ready::<D>,
         store_changed: store_changed::<D>,
         channel_readable: channel_readable::<D>,
         channel_writable: channel_writable::<D>,
@@ -154,6 +155,7 @@ unsafe extern "C" fn start<D: VirtioDevice>(
     channels: u32,
     stores: u32,
     ports: u32,
+    sockets: u32,
     output: Sink,
 ) -> Status {
     // SAFETY: see above.
@@ -163,7 +165,9 @@ unsafe extern "C" fn start<D: VirtioDevice>(
                 .config
                 .take()
                 .ok_or_else(|| Error::Other("`start` was called before `describe`".into()))
-                .and_then(|config| D::start(&config, hosted::attachment(timers, channels, stores, ports)))
+                .and_then(|config| {
+                    D::start(&config, hosted::attachment(timers, channels, stores, ports, sockets))
+                })
                 .map(|device| {
                     instance.device = Some(device);
                     Vec::new()
@@ -237,6 +241,11 @@ unsafe extern "C" fn port_ready<D: VirtioDevice>(instance: *mut c_void, port: u3
 unsafe extern "C" fn port_changed<D: VirtioDevice>(instance: *mut c_void, port: u32) -> Status {
     // SAFETY: see above.
     unsafe { call::<D>(instance, |device| device.port_changed(port)) }
+}
+
+unsafe extern "C" fn socket_ready<D: VirtioDevice>(instance: *mut c_void, socket: u32) -> Status {
+    // SAFETY: see above.
+    unsafe { call::<D>(instance, |device| device.socket_ready(socket)) }
 }
 
 unsafe extern "C" fn store_changed<D: VirtioDevice>(instance: *mut c_void, store: u32) -> Status {

@@ -13,6 +13,7 @@ use tenon_sdk::virtio::{
 
 use super::ends::{PortEnd, VirtioChannelEnd};
 use super::outside::{Answered, Held, Ticket, VirtioOutside};
+use super::sockets::SocketEnd;
 use crate::bench::ones;
 use crate::memory::MemoryStore;
 
@@ -340,6 +341,15 @@ impl<D: VirtioDevice> VirtioBench<D> {
         VirtioChannelEnd::new(self, index)
     }
 
+    /// The programs outside a socket.
+    ///
+    /// # Panics
+    /// The device has no socket of this name.
+    pub fn socket(&mut self, name: &str) -> SocketEnd<'_, D> {
+        let index = index(&self.description.sockets, name, "socket");
+        SocketEnd::new(self, index)
+    }
+
     /// The numbers of the 4 KiB pages that the device gave back by their number, in the order in which it did.
     #[must_use]
     pub fn released_pages(&self) -> Vec<u32> {
@@ -529,6 +539,12 @@ impl<D: VirtioDevice> VirtioBench<D> {
                 self.call(|device| device.port_ready(number(index)));
             }
         }
+        for index in 0..self.description.sockets.len() {
+            if self.outside.sockets.get_mut()[index].tell() {
+                told = true;
+                self.call(|device| device.socket_ready(number(index)));
+            }
+        }
         for index in 0..self.description.channels.len() {
             let channel = &mut self.outside.base.channels.get_mut()[index];
             let readable = channel.notify && !channel.input.is_empty();
@@ -569,8 +585,9 @@ fn start<D: VirtioDevice>(
     outside: &VirtioOutside,
 ) -> Result<D> {
     let count = |names: &[String]| number(names.len());
-    let VirtioDescription { timers, channels, stores, ports, .. } = description;
-    let attachment = hosted::attachment(*timers, count(channels), count(stores), count(ports));
+    let VirtioDescription { timers, channels, stores, ports, sockets, .. } = description;
+    let attachment =
+        hosted::attachment(*timers, count(channels), count(stores), count(ports), count(sockets));
     hosted::enter(outside, || D::start(config, attachment))
 }
 

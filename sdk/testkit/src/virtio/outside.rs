@@ -11,10 +11,11 @@ use tenon_sdk::device;
 use tenon_sdk::store::Operation;
 use tenon_sdk::virtio::hosted::Host;
 use tenon_sdk::virtio::{
-    Answer, Handle, Level, Offloads, OperationDone, PortInfo, RequestOperation, RequestRecord, StoreError,
-    StoreInfo, VirtioDescription,
+    Answer, Handle, Level, Offloads, OperationDone, PortInfo, RequestOperation, RequestRecord, Sent,
+    StoreError, StoreInfo, StreamState, VirtioDescription,
 };
 
+use super::sockets::SocketState;
 use crate::memory::MemoryStore;
 use crate::outside::Outside;
 use crate::random::Random;
@@ -90,6 +91,7 @@ pub(super) struct VirtioOutside {
     pub(super) answers: RefCell<BTreeMap<Ticket, Answered>>,
     pub(super) stores: RefCell<Vec<StoreEnd>>,
     pub(super) ports: RefCell<Vec<PortState>>,
+    pub(super) sockets: RefCell<Vec<SocketState>>,
     random: RefCell<Random>,
     pub(super) config_changes: Cell<u64>,
     pub(super) needs_reset: Cell<bool>,
@@ -126,6 +128,7 @@ impl VirtioOutside {
             answers: RefCell::default(),
             stores: RefCell::new(stores.into_iter().map(store).collect()),
             ports: RefCell::new(ports.into_iter().map(port).collect()),
+            sockets: RefCell::new(vec![SocketState::default(); description.sockets.len()]),
             random: RefCell::new(Random::new(0x7e17)),
             config_changes: Cell::new(0),
             needs_reset: Cell::new(false),
@@ -162,6 +165,7 @@ impl VirtioOutside {
             port.notify = true;
             port.accepted = Offloads::default();
         }
+        self.sockets.borrow_mut().iter_mut().for_each(SocketState::detach);
     }
 
     /// Takes the unfinished requests back, in the order in which they came.
@@ -279,6 +283,14 @@ impl VirtioOutside {
         let mut ports = self.ports.borrow_mut();
         let Some(state) = ports.get_mut(port as usize) else {
             panic!("the device uses port number {port}, which it did not ask for");
+        };
+        call(state)
+    }
+
+    fn socket<R>(&self, socket: u32, call: impl FnOnce(&mut SocketState) -> R) -> R {
+        let mut sockets = self.sockets.borrow_mut();
+        let Some(state) = sockets.get_mut(socket as usize) else {
+            panic!("the device uses socket number {socket}, which it did not ask for");
         };
         call(state)
     }
@@ -451,6 +463,37 @@ impl Host for VirtioOutside {
                 self.finish(Answer { request: *request, written });
             }
         }
+    }
+
+    fn socket_connect(&self, socket: u32, port: u32) -> Option<u32> {
+        self.socket(socket, |socket| socket.connect(port))
+    }
+
+    fn socket_news(&self, socket: u32, max: u32) -> Vec<StreamState> {
+        self.socket(socket, |socket| socket.news(max))
+    }
+
+    fn socket_accept(&self, socket: u32, number: u32, port: u32) {
+        self.socket(socket, |socket| socket.accept(number, port));
+    }
+
+    fn socket_send(&self, socket: u32, request: Handle, offset: u32, length: u32, number: u32) -> Sent {
+        let bytes = self.with(request, "sends", |held| part(&held.readable, offset, length).to_vec());
+        self.socket(socket, |socket| socket.send(number, &bytes))
+    }
+
+    fn socket_receive(&self, socket: u32, request: Handle, offset: u32, length: u32, number: u32) -> u32 {
+        let room = self.with(request, "fills", |held| part(&held.writable, offset, length).len());
+        let bytes = self.socket(socket, |socket| socket.receive(number, room));
+        self.write(request, offset, &bytes)
+    }
+
+    fn socket_shut(&self, socket: u32, number: u32, receive: bool, send: bool) {
+        self.socket(socket, |socket| socket.shut(number, receive, send));
+    }
+
+    fn socket_close(&self, socket: u32, number: u32) {
+        self.socket(socket, |socket| socket.close(number));
     }
 
     fn fill_random(&self, request: Handle, offset: u32, length: u32) -> u32 {

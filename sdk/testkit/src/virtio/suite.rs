@@ -217,11 +217,12 @@ fn describes(about: &VirtioDescription) -> Result<(), String> {
             return Err(format!("queue `{name}` asks for heads of {head} bytes; 256 at most"));
         }
     }
-    let names: [(&str, Vec<&String>); 4] = [
+    let names: [(&str, Vec<&String>); 5] = [
         ("queue", about.queues.iter().map(|queue| &queue.name).collect()),
         ("channel", about.channels.iter().collect()),
         ("store", about.stores.iter().collect()),
         ("port", about.ports.iter().collect()),
+        ("socket", about.sockets.iter().collect()),
     ];
     for (what, mut names) in names {
         names.sort();

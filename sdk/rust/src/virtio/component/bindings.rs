@@ -893,6 +893,410 @@ pub mod tenon {
                 }
             }
         }
+        /// Permission: exchange streams of bytes with programs outside, through the sockets that the device asked for.
+        ///
+        /// A stream is begun by the device or by a program outside, and is the device's until it closes it. It is named by a number, which is not given again before
+        /// 2^32 streams; one that the device does not hold ends the instance, as an unknown request does. A socket has at most 1024 streams. A new instance has none: the host
+        /// closes those of the old one.
+        #[allow(dead_code, async_fn_in_trait, unused_imports, clippy::all)]
+        pub mod sockets {
+            #[used]
+            #[doc(hidden)]
+            static __FORCE_SECTION_REF: fn() = super::super::super::__link_custom_section_describing_imports;
+            use super::super::super::_rt;
+            /// How a stream is.
+            #[repr(C)]
+            #[derive(Clone, Copy)]
+            pub struct StreamState {
+                /// Its number.
+                pub number: u32,
+                /// The port in the guest that a program outside asks for, until `accept`. None for a stream that the device has begun.
+                pub wanted: ::core::option::Option<u32>,
+                /// There may be bytes to receive.
+                pub readable: bool,
+                /// No bytes will come any more: the program outside has closed its end or will send no more, and everything was received.
+                pub ended: bool,
+                /// The program outside takes no more bytes. What is sent is dropped.
+                pub deaf: bool,
+                /// How many bytes that were sent the program outside has not been given yet.
+                pub unsent: u32,
+            }
+            impl ::core::fmt::Debug for StreamState {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    f.debug_struct("StreamState")
+                        .field("number", &self.number)
+                        .field("wanted", &self.wanted)
+                        .field("readable", &self.readable)
+                        .field("ended", &self.ended)
+                        .field("deaf", &self.deaf)
+                        .field("unsent", &self.unsent)
+                        .finish()
+                }
+            }
+            /// What came of sending.
+            #[repr(C)]
+            #[derive(Clone, Copy)]
+            pub struct Sent {
+                /// How many bytes were taken, from the front.
+                pub taken: u32,
+                /// How many bytes that were sent the program outside has not been given yet.
+                pub unsent: u32,
+            }
+            impl ::core::fmt::Debug for Sent {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    f.debug_struct("Sent")
+                        .field("taken", &self.taken)
+                        .field("unsent", &self.unsent)
+                        .finish()
+                }
+            }
+            /// A place outside where programs listen and connect, handed to `start`.
+            #[derive(Debug)]
+            #[repr(transparent)]
+            pub struct Socket {
+                handle: _rt::Resource<Socket>,
+            }
+            impl Socket {
+                #[doc(hidden)]
+                pub unsafe fn from_handle(handle: u32) -> Self {
+                    Self {
+                        handle: unsafe { _rt::Resource::from_handle(handle) },
+                    }
+                }
+                #[doc(hidden)]
+                pub fn take_handle(&self) -> u32 {
+                    _rt::Resource::take_handle(&self.handle)
+                }
+                #[doc(hidden)]
+                pub fn handle(&self) -> u32 {
+                    _rt::Resource::handle(&self.handle)
+                }
+            }
+            unsafe impl _rt::WasmResource for Socket {
+                #[inline]
+                unsafe fn drop(_handle: u32) {
+                    #[cfg(target_arch = "wasm32")]
+                    #[link(wasm_import_module = "tenon:device/sockets@0.1.0")]
+                    unsafe extern "C" {
+                        #[link_name = "[resource-drop]socket"]
+                        fn drop(_: i32);
+                    }
+                    #[cfg(not(target_arch = "wasm32"))]
+                    unsafe extern "C" fn drop(_: i32) {
+                        unreachable!()
+                    }
+                    unsafe {
+                        drop(_handle as i32);
+                    }
+                }
+            }
+            impl Socket {
+                #[allow(unused_unsafe, clippy::all)]
+                /// Begins a stream to the program that listens outside as `port`. None if there is none, or there are too many streams.
+                #[allow(async_fn_in_trait)]
+                pub fn connect(&self, port: u32) -> ::core::option::Option<u32> {
+                    unsafe {
+                        #[repr(align(4))]
+                        struct RetArea([::core::mem::MaybeUninit<u8>; 8]);
+                        let mut ret_area = RetArea(
+                            [::core::mem::MaybeUninit::uninit(); 8],
+                        );
+                        let ptr0 = ret_area.0.as_mut_ptr().cast::<u8>();
+                        #[cfg(target_arch = "wasm32")]
+                        #[link(wasm_import_module = "tenon:device/sockets@0.1.0")]
+                        unsafe extern "C" {
+                            #[link_name = "[method]socket.connect"]
+                            fn wit_import1(_: i32, _: i32, _: *mut u8);
+                        }
+                        #[cfg(not(target_arch = "wasm32"))]
+                        unsafe extern "C" fn wit_import1(_: i32, _: i32, _: *mut u8) {
+                            unreachable!()
+                        }
+                        wit_import1((self).handle() as i32, _rt::as_i32(&port), ptr0);
+                        let l2 = i32::from(*ptr0.add(0).cast::<u8>());
+                        let result4 = match l2 {
+                            0 => None,
+                            1 => {
+                                let e = {
+                                    let l3 = *ptr0.add(4).cast::<i32>();
+                                    l3 as u32
+                                };
+                                Some(e)
+                            }
+                            _ => _rt::invalid_enum_discriminant(),
+                        };
+                        result4
+                    }
+                }
+            }
+            impl Socket {
+                #[allow(unused_unsafe, clippy::all)]
+                /// How those streams are, at most `max`, that are no longer as the device was last told, and those that programs outside have begun. When there are fewer, the host calls
+                /// `socket-ready` when there are more.
+                #[allow(async_fn_in_trait)]
+                pub fn news(&self, max: u32) -> _rt::Vec<StreamState> {
+                    unsafe {
+                        #[cfg_attr(target_pointer_width = "64", repr(align(8)))]
+                        #[cfg_attr(target_pointer_width = "32", repr(align(4)))]
+                        struct RetArea(
+                            [::core::mem::MaybeUninit<
+                                u8,
+                            >; 2 * ::core::mem::size_of::<*const u8>()],
+                        );
+                        let mut ret_area = RetArea(
+                            [::core::mem::MaybeUninit::uninit(); 2
+                                * ::core::mem::size_of::<*const u8>()],
+                        );
+                        let ptr0 = ret_area.0.as_mut_ptr().cast::<u8>();
+                        #[cfg(target_arch = "wasm32")]
+                        #[link(wasm_import_module = "tenon:device/sockets@0.1.0")]
+                        unsafe extern "C" {
+                            #[link_name = "[method]socket.news"]
+                            fn wit_import1(_: i32, _: i32, _: *mut u8);
+                        }
+                        #[cfg(not(target_arch = "wasm32"))]
+                        unsafe extern "C" fn wit_import1(_: i32, _: i32, _: *mut u8) {
+                            unreachable!()
+                        }
+                        wit_import1((self).handle() as i32, _rt::as_i32(&max), ptr0);
+                        let l2 = *ptr0.add(0).cast::<*mut u8>();
+                        let l3 = *ptr0
+                            .add(::core::mem::size_of::<*const u8>())
+                            .cast::<usize>();
+                        let base11 = l2;
+                        let len11 = l3;
+                        let mut result11 = _rt::Vec::with_capacity(len11);
+                        for i in 0..len11 {
+                            let base = base11.add(i * 20);
+                            let e11 = {
+                                let l4 = *base.add(0).cast::<i32>();
+                                let l5 = i32::from(*base.add(4).cast::<u8>());
+                                let l7 = i32::from(*base.add(12).cast::<u8>());
+                                let l8 = i32::from(*base.add(13).cast::<u8>());
+                                let l9 = i32::from(*base.add(14).cast::<u8>());
+                                let l10 = *base.add(16).cast::<i32>();
+                                StreamState {
+                                    number: l4 as u32,
+                                    wanted: match l5 {
+                                        0 => None,
+                                        1 => {
+                                            let e = {
+                                                let l6 = *base.add(8).cast::<i32>();
+                                                l6 as u32
+                                            };
+                                            Some(e)
+                                        }
+                                        _ => _rt::invalid_enum_discriminant(),
+                                    },
+                                    readable: _rt::bool_lift(l7 as u8),
+                                    ended: _rt::bool_lift(l8 as u8),
+                                    deaf: _rt::bool_lift(l9 as u8),
+                                    unsent: l10 as u32,
+                                }
+                            };
+                            result11.push(e11);
+                        }
+                        _rt::cabi_dealloc(base11, len11 * 20, 4);
+                        let result12 = result11;
+                        result12
+                    }
+                }
+            }
+            impl Socket {
+                #[allow(unused_unsafe, clippy::all)]
+                /// Takes a stream that a program outside has begun. The program is told so, and `port` as the number of its own end. Bytes flow from then on.
+                #[allow(async_fn_in_trait)]
+                pub fn accept(&self, number: u32, port: u32) -> () {
+                    unsafe {
+                        #[cfg(target_arch = "wasm32")]
+                        #[link(wasm_import_module = "tenon:device/sockets@0.1.0")]
+                        unsafe extern "C" {
+                            #[link_name = "[method]socket.accept"]
+                            fn wit_import0(_: i32, _: i32, _: i32);
+                        }
+                        #[cfg(not(target_arch = "wasm32"))]
+                        unsafe extern "C" fn wit_import0(_: i32, _: i32, _: i32) {
+                            unreachable!()
+                        }
+                        wit_import0(
+                            (self).handle() as i32,
+                            _rt::as_i32(&number),
+                            _rt::as_i32(&port),
+                        );
+                    }
+                }
+            }
+            impl Socket {
+                #[allow(unused_unsafe, clippy::all)]
+                /// Moves at most `length` bytes (and 1 MiB) of the readable part from `offset` to the outside. All are taken but those that would make the host keep more than 64 KiB of a
+                /// stream. `news` tells when the program outside was given some of those that are kept.
+                #[allow(async_fn_in_trait)]
+                pub fn send(
+                    &self,
+                    request: u32,
+                    offset: u32,
+                    length: u32,
+                    number: u32,
+                ) -> Sent {
+                    unsafe {
+                        #[repr(align(4))]
+                        struct RetArea([::core::mem::MaybeUninit<u8>; 8]);
+                        let mut ret_area = RetArea(
+                            [::core::mem::MaybeUninit::uninit(); 8],
+                        );
+                        let ptr0 = ret_area.0.as_mut_ptr().cast::<u8>();
+                        #[cfg(target_arch = "wasm32")]
+                        #[link(wasm_import_module = "tenon:device/sockets@0.1.0")]
+                        unsafe extern "C" {
+                            #[link_name = "[method]socket.send"]
+                            fn wit_import1(
+                                _: i32,
+                                _: i32,
+                                _: i32,
+                                _: i32,
+                                _: i32,
+                                _: *mut u8,
+                            );
+                        }
+                        #[cfg(not(target_arch = "wasm32"))]
+                        unsafe extern "C" fn wit_import1(
+                            _: i32,
+                            _: i32,
+                            _: i32,
+                            _: i32,
+                            _: i32,
+                            _: *mut u8,
+                        ) {
+                            unreachable!()
+                        }
+                        wit_import1(
+                            (self).handle() as i32,
+                            _rt::as_i32(&request),
+                            _rt::as_i32(&offset),
+                            _rt::as_i32(&length),
+                            _rt::as_i32(&number),
+                            ptr0,
+                        );
+                        let l2 = *ptr0.add(0).cast::<i32>();
+                        let l3 = *ptr0.add(4).cast::<i32>();
+                        let result4 = Sent {
+                            taken: l2 as u32,
+                            unsent: l3 as u32,
+                        };
+                        result4
+                    }
+                }
+            }
+            impl Socket {
+                #[allow(unused_unsafe, clippy::all)]
+                /// Moves at most `length` bytes (and 1 MiB) that came from the outside into the writable part at `offset`. Returns how many there were. When that is fewer, `news` tells of the
+                /// stream when there are more, or when there will be none.
+                #[allow(async_fn_in_trait)]
+                pub fn receive(
+                    &self,
+                    request: u32,
+                    offset: u32,
+                    length: u32,
+                    number: u32,
+                ) -> u32 {
+                    unsafe {
+                        #[cfg(target_arch = "wasm32")]
+                        #[link(wasm_import_module = "tenon:device/sockets@0.1.0")]
+                        unsafe extern "C" {
+                            #[link_name = "[method]socket.receive"]
+                            fn wit_import0(
+                                _: i32,
+                                _: i32,
+                                _: i32,
+                                _: i32,
+                                _: i32,
+                            ) -> i32;
+                        }
+                        #[cfg(not(target_arch = "wasm32"))]
+                        unsafe extern "C" fn wit_import0(
+                            _: i32,
+                            _: i32,
+                            _: i32,
+                            _: i32,
+                            _: i32,
+                        ) -> i32 {
+                            unreachable!()
+                        }
+                        let ret = wit_import0(
+                            (self).handle() as i32,
+                            _rt::as_i32(&request),
+                            _rt::as_i32(&offset),
+                            _rt::as_i32(&length),
+                            _rt::as_i32(&number),
+                        );
+                        ret as u32
+                    }
+                }
+            }
+            impl Socket {
+                #[allow(unused_unsafe, clippy::all)]
+                /// Ends the stream's directions: with `receive` nothing more is taken from the outside, with `send` nothing more is sent, and the program is told so once it has been
+                /// given what was sent before.
+                #[allow(async_fn_in_trait)]
+                pub fn shut(&self, number: u32, receive: bool, send: bool) -> () {
+                    unsafe {
+                        #[cfg(target_arch = "wasm32")]
+                        #[link(wasm_import_module = "tenon:device/sockets@0.1.0")]
+                        unsafe extern "C" {
+                            #[link_name = "[method]socket.shut"]
+                            fn wit_import0(_: i32, _: i32, _: i32, _: i32);
+                        }
+                        #[cfg(not(target_arch = "wasm32"))]
+                        unsafe extern "C" fn wit_import0(
+                            _: i32,
+                            _: i32,
+                            _: i32,
+                            _: i32,
+                        ) {
+                            unreachable!()
+                        }
+                        wit_import0(
+                            (self).handle() as i32,
+                            _rt::as_i32(&number),
+                            match &receive {
+                                true => 1,
+                                false => 0,
+                            },
+                            match &send {
+                                true => 1,
+                                false => 0,
+                            },
+                        );
+                    }
+                }
+            }
+            impl Socket {
+                #[allow(unused_unsafe, clippy::all)]
+                /// Gives the stream up. What was sent before still goes out, if it was accepted.
+                #[allow(async_fn_in_trait)]
+                pub fn close(&self, number: u32) -> () {
+                    unsafe {
+                        #[cfg(target_arch = "wasm32")]
+                        #[link(wasm_import_module = "tenon:device/sockets@0.1.0")]
+                        unsafe extern "C" {
+                            #[link_name = "[method]socket.close"]
+                            fn wit_import0(_: i32, _: i32);
+                        }
+                        #[cfg(not(target_arch = "wasm32"))]
+                        unsafe extern "C" fn wit_import0(_: i32, _: i32) {
+                            unreachable!()
+                        }
+                        wit_import0((self).handle() as i32, _rt::as_i32(&number));
+                    }
+                }
+            }
+        }
         /// Permission: fill requests with random bytes.
         #[allow(dead_code, async_fn_in_trait, unused_imports, clippy::all)]
         pub mod entropy {
@@ -1038,6 +1442,8 @@ pub mod tenon {
                 pub stores: _rt::Vec<_rt::String>,
                 /// The names of its network ports.
                 pub ports: _rt::Vec<_rt::String>,
+                /// The names of its sockets.
+                pub sockets: _rt::Vec<_rt::String>,
             }
             impl ::core::fmt::Debug for VirtioDescription {
                 fn fmt(
@@ -1053,6 +1459,7 @@ pub mod tenon {
                         .field("channels", &self.channels)
                         .field("stores", &self.stores)
                         .field("ports", &self.ports)
+                        .field("sockets", &self.sockets)
                         .finish()
                 }
             }
@@ -1110,6 +1517,7 @@ pub mod exports {
                 pub type Store = super::super::super::super::tenon::device::stores::Store;
                 pub type StoreError = super::super::super::super::tenon::device::stores::StoreError;
                 pub type Port = super::super::super::super::tenon::device::ports::Port;
+                pub type Socket = super::super::super::super::tenon::device::sockets::Socket;
                 /// The handles of everything that the description asked for, in its order.
                 pub struct VirtioAttachment {
                     /// As many as the description asked for.
@@ -1120,6 +1528,8 @@ pub mod exports {
                     pub stores: _rt::Vec<Store>,
                     /// One for each port of the description.
                     pub ports: _rt::Vec<Port>,
+                    /// One for each socket of the description.
+                    pub sockets: _rt::Vec<Socket>,
                 }
                 impl ::core::fmt::Debug for VirtioAttachment {
                     fn fmt(
@@ -1131,6 +1541,7 @@ pub mod exports {
                             .field("channels", &self.channels)
                             .field("stores", &self.stores)
                             .field("ports", &self.ports)
+                            .field("sockets", &self.sockets)
                             .finish()
                     }
                 }
@@ -1219,6 +1630,7 @@ pub mod exports {
                                     channels: channels9,
                                     stores: stores9,
                                     ports: ports9,
+                                    sockets: sockets9,
                                 } = e;
                                 *ptr8.add(8).cast::<u16>() = (_rt::as_i32(device_type9))
                                     as u16;
@@ -1370,39 +1782,46 @@ pub mod exports {
                                 *ptr8
                                     .add(32 + 6 * ::core::mem::size_of::<*const u8>())
                                     .cast::<*mut u8>() = result18;
-                            }
-                            Err(e) => {
-                                *ptr8.add(0).cast::<u8>() = (1i32) as u8;
-                                use super::super::super::super::__with_name4::ErrorCode as V23;
-                                match e {
-                                    V23::Invalid(e) => {
-                                        *ptr8.add(8).cast::<u8>() = (0i32) as u8;
+                                let vec20 = sockets9;
+                                let len20 = vec20.len();
+                                let layout20 = _rt::alloc::Layout::from_size_align(
+                                        vec20.len() * (2 * ::core::mem::size_of::<*const u8>()),
+                                        ::core::mem::size_of::<*const u8>(),
+                                    )
+                                    .unwrap();
+                                let (result20, _cleanup20) = ::tenon_sdk::wit_bindgen::rt::Cleanup::new(
+                                    layout20,
+                                );
+                                if let Some(cleanup) = _cleanup20 {
+                                    cleanup.forget();
+                                }
+                                for (i, e) in vec20.into_iter().enumerate() {
+                                    let base = result20
+                                        .add(i * (2 * ::core::mem::size_of::<*const u8>()));
+                                    {
                                         let vec19 = (e.into_bytes()).into_boxed_slice();
                                         let ptr19 = vec19.as_ptr().cast::<u8>();
                                         let len19 = vec19.len();
                                         ::core::mem::forget(vec19);
-                                        *ptr8
-                                            .add(8 + 2 * ::core::mem::size_of::<*const u8>())
+                                        *base
+                                            .add(::core::mem::size_of::<*const u8>())
                                             .cast::<usize>() = len19;
-                                        *ptr8
-                                            .add(8 + 1 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<*mut u8>() = ptr19.cast_mut();
+                                        *base.add(0).cast::<*mut u8>() = ptr19.cast_mut();
                                     }
-                                    V23::Unsupported(e) => {
-                                        *ptr8.add(8).cast::<u8>() = (1i32) as u8;
-                                        let vec20 = (e.into_bytes()).into_boxed_slice();
-                                        let ptr20 = vec20.as_ptr().cast::<u8>();
-                                        let len20 = vec20.len();
-                                        ::core::mem::forget(vec20);
-                                        *ptr8
-                                            .add(8 + 2 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<usize>() = len20;
-                                        *ptr8
-                                            .add(8 + 1 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<*mut u8>() = ptr20.cast_mut();
-                                    }
-                                    V23::Schema(e) => {
-                                        *ptr8.add(8).cast::<u8>() = (2i32) as u8;
+                                }
+                                *ptr8
+                                    .add(32 + 9 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<usize>() = len20;
+                                *ptr8
+                                    .add(32 + 8 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<*mut u8>() = result20;
+                            }
+                            Err(e) => {
+                                *ptr8.add(0).cast::<u8>() = (1i32) as u8;
+                                use super::super::super::super::__with_name4::ErrorCode as V25;
+                                match e {
+                                    V25::Invalid(e) => {
+                                        *ptr8.add(8).cast::<u8>() = (0i32) as u8;
                                         let vec21 = (e.into_bytes()).into_boxed_slice();
                                         let ptr21 = vec21.as_ptr().cast::<u8>();
                                         let len21 = vec21.len();
@@ -1414,8 +1833,8 @@ pub mod exports {
                                             .add(8 + 1 * ::core::mem::size_of::<*const u8>())
                                             .cast::<*mut u8>() = ptr21.cast_mut();
                                     }
-                                    V23::Other(e) => {
-                                        *ptr8.add(8).cast::<u8>() = (3i32) as u8;
+                                    V25::Unsupported(e) => {
+                                        *ptr8.add(8).cast::<u8>() = (1i32) as u8;
                                         let vec22 = (e.into_bytes()).into_boxed_slice();
                                         let ptr22 = vec22.as_ptr().cast::<u8>();
                                         let len22 = vec22.len();
@@ -1426,6 +1845,32 @@ pub mod exports {
                                         *ptr8
                                             .add(8 + 1 * ::core::mem::size_of::<*const u8>())
                                             .cast::<*mut u8>() = ptr22.cast_mut();
+                                    }
+                                    V25::Schema(e) => {
+                                        *ptr8.add(8).cast::<u8>() = (2i32) as u8;
+                                        let vec23 = (e.into_bytes()).into_boxed_slice();
+                                        let ptr23 = vec23.as_ptr().cast::<u8>();
+                                        let len23 = vec23.len();
+                                        ::core::mem::forget(vec23);
+                                        *ptr8
+                                            .add(8 + 2 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<usize>() = len23;
+                                        *ptr8
+                                            .add(8 + 1 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<*mut u8>() = ptr23.cast_mut();
+                                    }
+                                    V25::Other(e) => {
+                                        *ptr8.add(8).cast::<u8>() = (3i32) as u8;
+                                        let vec24 = (e.into_bytes()).into_boxed_slice();
+                                        let ptr24 = vec24.as_ptr().cast::<u8>();
+                                        let len24 = vec24.len();
+                                        ::core::mem::forget(vec24);
+                                        *ptr8
+                                            .add(8 + 2 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<usize>() = len24;
+                                        *ptr8
+                                            .add(8 + 1 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<*mut u8>() = ptr24.cast_mut();
                                     }
                                 }
                             }
@@ -1534,45 +1979,69 @@ pub mod exports {
                                     len20 * (2 * ::core::mem::size_of::<*const u8>()),
                                     ::core::mem::size_of::<*const u8>(),
                                 );
+                                let l21 = *arg0
+                                    .add(32 + 8 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<*mut u8>();
+                                let l22 = *arg0
+                                    .add(32 + 9 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<usize>();
+                                let base25 = l21;
+                                let len25 = l22;
+                                for i in 0..len25 {
+                                    let base = base25
+                                        .add(i * (2 * ::core::mem::size_of::<*const u8>()));
+                                    {
+                                        let l23 = *base.add(0).cast::<*mut u8>();
+                                        let l24 = *base
+                                            .add(::core::mem::size_of::<*const u8>())
+                                            .cast::<usize>();
+                                        _rt::cabi_dealloc(l23, l24, 1);
+                                    }
+                                }
+                                _rt::cabi_dealloc(
+                                    base25,
+                                    len25 * (2 * ::core::mem::size_of::<*const u8>()),
+                                    ::core::mem::size_of::<*const u8>(),
+                                );
                             }
                             _ => {
-                                let l21 = i32::from(*arg0.add(8).cast::<u8>());
-                                match l21 {
+                                let l26 = i32::from(*arg0.add(8).cast::<u8>());
+                                match l26 {
                                     0 => {
-                                        let l22 = *arg0
+                                        let l27 = *arg0
                                             .add(8 + 1 * ::core::mem::size_of::<*const u8>())
                                             .cast::<*mut u8>();
-                                        let l23 = *arg0
+                                        let l28 = *arg0
                                             .add(8 + 2 * ::core::mem::size_of::<*const u8>())
                                             .cast::<usize>();
-                                        _rt::cabi_dealloc(l22, l23, 1);
+                                        _rt::cabi_dealloc(l27, l28, 1);
                                     }
                                     1 => {
-                                        let l24 = *arg0
+                                        let l29 = *arg0
                                             .add(8 + 1 * ::core::mem::size_of::<*const u8>())
                                             .cast::<*mut u8>();
-                                        let l25 = *arg0
+                                        let l30 = *arg0
                                             .add(8 + 2 * ::core::mem::size_of::<*const u8>())
                                             .cast::<usize>();
-                                        _rt::cabi_dealloc(l24, l25, 1);
+                                        _rt::cabi_dealloc(l29, l30, 1);
                                     }
                                     2 => {
-                                        let l26 = *arg0
+                                        let l31 = *arg0
                                             .add(8 + 1 * ::core::mem::size_of::<*const u8>())
                                             .cast::<*mut u8>();
-                                        let l27 = *arg0
+                                        let l32 = *arg0
                                             .add(8 + 2 * ::core::mem::size_of::<*const u8>())
                                             .cast::<usize>();
-                                        _rt::cabi_dealloc(l26, l27, 1);
+                                        _rt::cabi_dealloc(l31, l32, 1);
                                     }
                                     _ => {
-                                        let l28 = *arg0
+                                        let l33 = *arg0
                                             .add(8 + 1 * ::core::mem::size_of::<*const u8>())
                                             .cast::<*mut u8>();
-                                        let l29 = *arg0
+                                        let l34 = *arg0
                                             .add(8 + 2 * ::core::mem::size_of::<*const u8>())
                                             .cast::<usize>();
-                                        _rt::cabi_dealloc(l28, l29, 1);
+                                        _rt::cabi_dealloc(l33, l34, 1);
                                     }
                                 }
                             }
@@ -1590,10 +2059,12 @@ pub mod exports {
                     arg5: usize,
                     arg6: *mut u8,
                     arg7: usize,
+                    arg8: *mut u8,
+                    arg9: usize,
                 ) -> *mut u8 {
                     unsafe {
                         #[cfg(target_arch = "wasm32")] _rt::run_ctors_once();
-                        let result8 = {
+                        let result10 = {
                             let base1 = arg0;
                             let len1 = arg1;
                             let mut result1 = _rt::Vec::with_capacity(len1);
@@ -1650,86 +2121,101 @@ pub mod exports {
                                 result7.push(e7);
                             }
                             _rt::cabi_dealloc(base7, len7 * 4, 4);
+                            let base9 = arg8;
+                            let len9 = arg9;
+                            let mut result9 = _rt::Vec::with_capacity(len9);
+                            for i in 0..len9 {
+                                let base = base9.add(i * 4);
+                                let e9 = {
+                                    let l8 = *base.add(0).cast::<i32>();
+                                    super::super::super::super::tenon::device::sockets::Socket::from_handle(
+                                        l8 as u32,
+                                    )
+                                };
+                                result9.push(e9);
+                            }
+                            _rt::cabi_dealloc(base9, len9 * 4, 4);
                             T_::start(VirtioAttachment {
                                 timers: result1,
                                 channels: result3,
                                 stores: result5,
                                 ports: result7,
+                                sockets: result9,
                             })
                         };
-                        let ptr9 = (&raw mut _RET_AREA.0).cast::<u8>();
-                        match result8 {
+                        let ptr11 = (&raw mut _RET_AREA.0).cast::<u8>();
+                        match result10 {
                             Ok(_) => {
-                                *ptr9.add(0).cast::<u8>() = (0i32) as u8;
+                                *ptr11.add(0).cast::<u8>() = (0i32) as u8;
                             }
                             Err(e) => {
-                                *ptr9.add(0).cast::<u8>() = (1i32) as u8;
-                                use super::super::super::super::__with_name4::ErrorCode as V14;
+                                *ptr11.add(0).cast::<u8>() = (1i32) as u8;
+                                use super::super::super::super::__with_name4::ErrorCode as V16;
                                 match e {
-                                    V14::Invalid(e) => {
-                                        *ptr9
+                                    V16::Invalid(e) => {
+                                        *ptr11
                                             .add(::core::mem::size_of::<*const u8>())
                                             .cast::<u8>() = (0i32) as u8;
-                                        let vec10 = (e.into_bytes()).into_boxed_slice();
-                                        let ptr10 = vec10.as_ptr().cast::<u8>();
-                                        let len10 = vec10.len();
-                                        ::core::mem::forget(vec10);
-                                        *ptr9
-                                            .add(3 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<usize>() = len10;
-                                        *ptr9
-                                            .add(2 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<*mut u8>() = ptr10.cast_mut();
-                                    }
-                                    V14::Unsupported(e) => {
-                                        *ptr9
-                                            .add(::core::mem::size_of::<*const u8>())
-                                            .cast::<u8>() = (1i32) as u8;
-                                        let vec11 = (e.into_bytes()).into_boxed_slice();
-                                        let ptr11 = vec11.as_ptr().cast::<u8>();
-                                        let len11 = vec11.len();
-                                        ::core::mem::forget(vec11);
-                                        *ptr9
-                                            .add(3 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<usize>() = len11;
-                                        *ptr9
-                                            .add(2 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<*mut u8>() = ptr11.cast_mut();
-                                    }
-                                    V14::Schema(e) => {
-                                        *ptr9
-                                            .add(::core::mem::size_of::<*const u8>())
-                                            .cast::<u8>() = (2i32) as u8;
                                         let vec12 = (e.into_bytes()).into_boxed_slice();
                                         let ptr12 = vec12.as_ptr().cast::<u8>();
                                         let len12 = vec12.len();
                                         ::core::mem::forget(vec12);
-                                        *ptr9
+                                        *ptr11
                                             .add(3 * ::core::mem::size_of::<*const u8>())
                                             .cast::<usize>() = len12;
-                                        *ptr9
+                                        *ptr11
                                             .add(2 * ::core::mem::size_of::<*const u8>())
                                             .cast::<*mut u8>() = ptr12.cast_mut();
                                     }
-                                    V14::Other(e) => {
-                                        *ptr9
+                                    V16::Unsupported(e) => {
+                                        *ptr11
                                             .add(::core::mem::size_of::<*const u8>())
-                                            .cast::<u8>() = (3i32) as u8;
+                                            .cast::<u8>() = (1i32) as u8;
                                         let vec13 = (e.into_bytes()).into_boxed_slice();
                                         let ptr13 = vec13.as_ptr().cast::<u8>();
                                         let len13 = vec13.len();
                                         ::core::mem::forget(vec13);
-                                        *ptr9
+                                        *ptr11
                                             .add(3 * ::core::mem::size_of::<*const u8>())
                                             .cast::<usize>() = len13;
-                                        *ptr9
+                                        *ptr11
                                             .add(2 * ::core::mem::size_of::<*const u8>())
                                             .cast::<*mut u8>() = ptr13.cast_mut();
+                                    }
+                                    V16::Schema(e) => {
+                                        *ptr11
+                                            .add(::core::mem::size_of::<*const u8>())
+                                            .cast::<u8>() = (2i32) as u8;
+                                        let vec14 = (e.into_bytes()).into_boxed_slice();
+                                        let ptr14 = vec14.as_ptr().cast::<u8>();
+                                        let len14 = vec14.len();
+                                        ::core::mem::forget(vec14);
+                                        *ptr11
+                                            .add(3 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<usize>() = len14;
+                                        *ptr11
+                                            .add(2 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<*mut u8>() = ptr14.cast_mut();
+                                    }
+                                    V16::Other(e) => {
+                                        *ptr11
+                                            .add(::core::mem::size_of::<*const u8>())
+                                            .cast::<u8>() = (3i32) as u8;
+                                        let vec15 = (e.into_bytes()).into_boxed_slice();
+                                        let ptr15 = vec15.as_ptr().cast::<u8>();
+                                        let len15 = vec15.len();
+                                        ::core::mem::forget(vec15);
+                                        *ptr11
+                                            .add(3 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<usize>() = len15;
+                                        *ptr11
+                                            .add(2 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<*mut u8>() = ptr15.cast_mut();
                                     }
                                 }
                             }
                         };
-                        ptr9
+                        ptr11
                     }
                 }
                 #[doc(hidden)]
@@ -2024,6 +2510,14 @@ pub mod exports {
                     unsafe {
                         #[cfg(target_arch = "wasm32")] _rt::run_ctors_once();
                         { T_::port_changed(arg0 as u32) };
+                    }
+                }
+                #[doc(hidden)]
+                #[allow(non_snake_case, unused_unsafe)]
+                pub unsafe fn _export_socket_ready_cabi<T_: Guest>(arg0: i32) {
+                    unsafe {
+                        #[cfg(target_arch = "wasm32")] _rt::run_ctors_once();
+                        { T_::socket_ready(arg0 as u32) };
                     }
                 }
                 #[doc(hidden)]
@@ -2568,6 +3062,9 @@ pub mod exports {
                     /// Port number `port` has another `port-info`.
                     #[allow(async_fn_in_trait)]
                     fn port_changed(port: u32) -> ();
+                    /// Socket number `socket` has news of its streams. Called again only after `news` has given fewer than it was asked for.
+                    #[allow(async_fn_in_trait)]
+                    fn socket_ready(socket: u32) -> ();
                     /// Store number `store` has another `store-info`.
                     #[allow(async_fn_in_trait)]
                     fn store_changed(store: u32) -> ();
@@ -2613,9 +3110,10 @@ pub mod exports {
                         "tenon:device/virtio-device@0.1.0#start")] unsafe extern "C" fn
                         export_start(arg0 : * mut u8, arg1 : usize, arg2 : * mut u8, arg3
                         : usize, arg4 : * mut u8, arg5 : usize, arg6 : * mut u8, arg7 :
-                        usize,) -> * mut u8 { unsafe { $($path_to_types)*::
-                        _export_start_cabi::<$ty > (arg0, arg1, arg2, arg3, arg4, arg5,
-                        arg6, arg7) } } #[unsafe (export_name =
+                        usize, arg8 : * mut u8, arg9 : usize,) -> * mut u8 { unsafe {
+                        $($path_to_types)*:: _export_start_cabi::<$ty > (arg0, arg1,
+                        arg2, arg3, arg4, arg5, arg6, arg7, arg8, arg9) } } #[unsafe
+                        (export_name =
                         "cabi_post_tenon:device/virtio-device@0.1.0#start")] unsafe
                         extern "C" fn _post_return_start(arg0 : * mut u8,) { unsafe {
                         $($path_to_types)*:: __post_return_start::<$ty > (arg0) } }
@@ -2652,6 +3150,10 @@ pub mod exports {
                         "tenon:device/virtio-device@0.1.0#port-changed")] unsafe extern
                         "C" fn export_port_changed(arg0 : i32,) { unsafe {
                         $($path_to_types)*:: _export_port_changed_cabi::<$ty > (arg0) } }
+                        #[unsafe (export_name =
+                        "tenon:device/virtio-device@0.1.0#socket-ready")] unsafe extern
+                        "C" fn export_socket_ready(arg0 : i32,) { unsafe {
+                        $($path_to_types)*:: _export_socket_ready_cabi::<$ty > (arg0) } }
                         #[unsafe (export_name =
                         "tenon:device/virtio-device@0.1.0#store-changed")] unsafe extern
                         "C" fn export_store_changed(arg0 : i32,) { unsafe {
@@ -2703,11 +3205,11 @@ pub mod exports {
                 struct _RetArea(
                     [::core::mem::MaybeUninit<
                         u8,
-                    >; 32 + 8 * ::core::mem::size_of::<*const u8>()],
+                    >; 32 + 10 * ::core::mem::size_of::<*const u8>()],
                 );
                 static mut _RET_AREA: _RetArea = _RetArea(
                     [::core::mem::MaybeUninit::uninit(); 32
-                        + 8 * ::core::mem::size_of::<*const u8>()],
+                        + 10 * ::core::mem::size_of::<*const u8>()],
                 );
             }
         }
@@ -2893,9 +3395,12 @@ mod _rt {
         }
     }
     pub use alloc_crate::alloc;
-    #[cfg(target_arch = "wasm32")]
-    pub fn run_ctors_once() {
-        ::tenon_sdk::wit_bindgen::rt::run_ctors_once();
+    pub unsafe fn invalid_enum_discriminant<T>() -> T {
+        if cfg!(debug_assertions) {
+            panic!("invalid enum discriminant")
+        } else {
+            unsafe { core::hint::unreachable_unchecked() }
+        }
     }
     pub unsafe fn cabi_dealloc(ptr: *mut u8, size: usize, align: usize) {
         if size == 0 {
@@ -2906,12 +3411,9 @@ mod _rt {
             alloc::dealloc(ptr, layout);
         }
     }
-    pub unsafe fn invalid_enum_discriminant<T>() -> T {
-        if cfg!(debug_assertions) {
-            panic!("invalid enum discriminant")
-        } else {
-            unsafe { core::hint::unreachable_unchecked() }
-        }
+    #[cfg(target_arch = "wasm32")]
+    pub fn run_ctors_once() {
+        ::tenon_sdk::wit_bindgen::rt::run_ctors_once();
     }
     extern crate alloc as alloc_crate;
 }
@@ -2946,10 +3448,10 @@ macro_rules! __export_virtio_plugin_impl {
         (link_section =
         "component-type:wit-bindgen:0.61.1:tenon:device@0.1.0:virtio-plugin:imports and exports")]
         #[doc(hidden)] #[allow(clippy::octal_escapes)] pub static
-        __WIT_BINDGEN_COMPONENT_TYPE : [u8; 3582] = *
+        __WIT_BINDGEN_COMPONENT_TYPE : [u8; 4190] = *
         b"\
-\0asm\x0d\0\x01\0\0\x19\x16wit-component-encoding\x04\0\x07\xfa\x1a\x01A\x02\x01\
-A\"\x01B\x04\x01m\x05\x05error\x04warn\x04info\x05debug\x05trace\x04\0\x05level\x03\
+\0asm\x0d\0\x01\0\0\x19\x16wit-component-encoding\x04\0\x07\xda\x1f\x01A\x02\x01\
+A%\x01B\x04\x01m\x05\x05error\x04warn\x04info\x05debug\x05trace\x04\0\x05level\x03\
 \0\0\x01@\x02\x05level\x01\x07messages\x01\0\x04\0\x03log\x01\x02\x03\0\x16tenon\
 :device/log@0.1.0\x05\0\x01B\x0a\x04\0\x05timer\x03\x01\x01h\0\x01@\x02\x04self\x01\
 \x08deadlinew\x01\0\x04\0\x11[method]timer.arm\x01\x02\x01@\x03\x04self\x01\x05f\
@@ -2983,51 +3485,64 @@ o\x01\x07\x01@\x02\x04self\x06\x08offloads\x01\x01\0\x04\0\x13[method]port.accep
 t\x01\x08\x01py\x01@\x02\x04self\x06\x08requests\x09\x01\0\x04\0\x11[method]port\
 .send\x01\x0a\x01@\x02\x04self\x06\x03maxy\0\x09\x04\0\x14[method]port.waiting\x01\
 \x0b\x01p{\x01@\x03\x04self\x06\x06counts\x0c\x08requests\x09\x01\0\x04\0\x14[me\
-thod]port.receive\x01\x0d\x03\0\x18tenon:device/ports@0.1.0\x05\x07\x01B\x02\x01\
-@\x03\x07requesty\x06offsety\x06lengthy\0y\x04\0\x04fill\x01\0\x03\0\x1atenon:de\
-vice/entropy@0.1.0\x05\x08\x01B\x05\x01@\x01\x07requesty\0y\x04\0\x10release-num\
-bered\x01\0\x04\0\x0brelease-own\x01\0\x01@\0\0w\x04\0\x0bmemory-size\x01\x01\x03\
-\0\x1etenon:device/guest-pages@0.1.0\x05\x09\x01B\x19\x01q\x04\x07invalid\x01s\0\
-\x0bunsupported\x01s\0\x06schema\x01s\0\x05other\x01s\0\x04\0\x0aerror-code\x03\0\
-\0\x01r\x02\x03keys\x05values\x04\0\x07setting\x03\0\x02\x01m\x02\x03pio\x04mmio\
-\x04\0\x05space\x03\0\x04\x01kw\x01r\x04\x04names\x05space\x05\x04base\x06\x04si\
-zew\x04\0\x06region\x03\0\x07\x01m\x02\x04edge\x05level\x04\0\x07trigger\x03\0\x09\
-\x01ky\x01r\x02\x03gsi\x0b\x07trigger\x0a\x04\0\x0cline-request\x03\0\x0c\x01r\x02\
-\x03hids\x03uidy\x04\0\x09acpi-node\x03\0\x0e\x01p\x08\x01p\x0d\x01ps\x01k\x0f\x01\
-r\x05\x07regions\x10\x05lines\x11\x06timersy\x08channels\x12\x04acpi\x13\x04\0\x0b\
-description\x03\0\x14\x01p}\x01r\x02\x06schemay\x04data\x16\x04\0\x0bsaved-state\
-\x03\0\x17\x03\0\x18tenon:device/types@0.1.0\x05\x0a\x01B\x08\x01r\x03\x04names\x08\
-max-size{\x04head{\x04\0\x05queue\x03\0\0\x01p\x01\x01ps\x01r\x08\x0bdevice-type\
-{\x08featuresw\x06queues\x02\x0bconfig-size{\x06timersy\x08channels\x03\x06store\
-s\x03\x05ports\x03\x04\0\x12virtio-description\x03\0\x04\x01r\x04\x06handley\x08\
-readabley\x08writabley\x04heady\x04\0\x07request\x03\0\x06\x03\0\x1ftenon:device\
-/virtio-types@0.1.0\x05\x0b\x02\x03\0\x09\x0aerror-code\x02\x03\0\x09\x07setting\
-\x02\x03\0\x09\x0bsaved-state\x02\x03\0\x0a\x12virtio-description\x02\x03\0\x0a\x07\
-request\x02\x03\0\x01\x05timer\x02\x03\0\x05\x05store\x02\x03\0\x05\x0bstore-err\
-or\x02\x03\0\x06\x04port\x01BH\x02\x03\x02\x01\x0c\x04\0\x0aerror-code\x03\0\0\x02\
-\x03\x02\x01\x0d\x04\0\x07setting\x03\0\x02\x02\x03\x02\x01\x0e\x04\0\x0bsaved-s\
-tate\x03\0\x04\x02\x03\x02\x01\x0f\x04\0\x12virtio-description\x03\0\x06\x02\x03\
-\x02\x01\x10\x04\0\x07request\x03\0\x08\x02\x03\x02\x01\x11\x04\0\x05timer\x03\0\
-\x0a\x02\x03\x02\x01\x04\x04\0\x07channel\x03\0\x0c\x02\x03\x02\x01\x12\x04\0\x05\
-store\x03\0\x0e\x02\x03\x02\x01\x13\x04\0\x0bstore-error\x03\0\x10\x02\x03\x02\x01\
-\x14\x04\0\x04port\x03\0\x12\x01i\x0b\x01p\x14\x01i\x0d\x01p\x16\x01i\x0f\x01p\x18\
-\x01i\x13\x01p\x1a\x01r\x04\x06timers\x15\x08channels\x17\x06stores\x19\x05ports\
-\x1b\x04\0\x11virtio-attachment\x03\0\x1c\x01k\x11\x01r\x02\x07requesty\x05error\
-\x1e\x04\0\x0eoperation-done\x03\0\x1f\x01p\x03\x01j\x01\x07\x01\x01\x01@\x01\x06\
-config!\0\"\x04\0\x08describe\x01#\x01j\0\x01\x01\x01@\x01\x0aattachment\x1d\0$\x04\
-\0\x05start\x01%\x01@\x01\x08featuresw\0$\x04\0\x08activate\x01&\x01@\x02\x06off\
-sety\x04size}\0w\x04\0\x0bconfig-read\x01'\x01@\x03\x06offsety\x04size}\x05value\
-w\x01\0\x04\0\x0cconfig-write\x01(\x01p\x09\x01p}\x01@\x03\x05queue{\x08requests\
-)\x05heads*\x01\0\x04\0\x0erequests-ready\x01+\x01p\x20\x01@\x01\x04done,\x01\0\x04\
-\0\x0foperations-done\x01-\x01@\x01\x04porty\x01\0\x04\0\x0aport-ready\x01.\x04\0\
-\x0cport-changed\x01.\x01@\x01\x05storey\x01\0\x04\0\x0dstore-changed\x01/\x01@\x01\
-\x07channely\x01\0\x04\0\x10channel-readable\x010\x04\0\x10channel-writable\x010\
-\x01@\x01\x05timery\x01\0\x04\0\x0btimer-fired\x011\x01@\x01\x07setting\x03\0$\x04\
-\0\x06adjust\x012\x01@\0\x01\0\x04\0\x05reset\x013\x01j\x01\x05\x01\x01\x01@\0\0\
-4\x04\0\x04save\x015\x01@\x01\x05state\x05\0$\x04\0\x07restore\x016\x04\0\x20ten\
-on:device/virtio-device@0.1.0\x05\x15\x04\0\x20tenon:device/virtio-plugin@0.1.0\x04\
-\0\x0b\x13\x01\0\x0dvirtio-plugin\x03\0\0\0G\x09producers\x01\x0cprocessed-by\x02\
-\x0dwit-component\x070.258.3\x10wit-bindgen-rust\x060.61.1";
+thod]port.receive\x01\x0d\x03\0\x18tenon:device/ports@0.1.0\x05\x07\x01B\x16\x01\
+ky\x01r\x06\x06numbery\x06wanted\0\x08readable\x7f\x05ended\x7f\x04deaf\x7f\x06u\
+nsenty\x04\0\x0cstream-state\x03\0\x01\x01r\x02\x05takeny\x06unsenty\x04\0\x04se\
+nt\x03\0\x03\x04\0\x06socket\x03\x01\x01h\x05\x01@\x02\x04self\x06\x04porty\0\0\x04\
+\0\x16[method]socket.connect\x01\x07\x01p\x02\x01@\x02\x04self\x06\x03maxy\0\x08\
+\x04\0\x13[method]socket.news\x01\x09\x01@\x03\x04self\x06\x06numbery\x04porty\x01\
+\0\x04\0\x15[method]socket.accept\x01\x0a\x01@\x05\x04self\x06\x07requesty\x06of\
+fsety\x06lengthy\x06numbery\0\x04\x04\0\x13[method]socket.send\x01\x0b\x01@\x05\x04\
+self\x06\x07requesty\x06offsety\x06lengthy\x06numbery\0y\x04\0\x16[method]socket\
+.receive\x01\x0c\x01@\x04\x04self\x06\x06numbery\x07receive\x7f\x04send\x7f\x01\0\
+\x04\0\x13[method]socket.shut\x01\x0d\x01@\x02\x04self\x06\x06numbery\x01\0\x04\0\
+\x14[method]socket.close\x01\x0e\x03\0\x1atenon:device/sockets@0.1.0\x05\x08\x01\
+B\x02\x01@\x03\x07requesty\x06offsety\x06lengthy\0y\x04\0\x04fill\x01\0\x03\0\x1a\
+tenon:device/entropy@0.1.0\x05\x09\x01B\x05\x01@\x01\x07requesty\0y\x04\0\x10rel\
+ease-numbered\x01\0\x04\0\x0brelease-own\x01\0\x01@\0\0w\x04\0\x0bmemory-size\x01\
+\x01\x03\0\x1etenon:device/guest-pages@0.1.0\x05\x0a\x01B\x19\x01q\x04\x07invali\
+d\x01s\0\x0bunsupported\x01s\0\x06schema\x01s\0\x05other\x01s\0\x04\0\x0aerror-c\
+ode\x03\0\0\x01r\x02\x03keys\x05values\x04\0\x07setting\x03\0\x02\x01m\x02\x03pi\
+o\x04mmio\x04\0\x05space\x03\0\x04\x01kw\x01r\x04\x04names\x05space\x05\x04base\x06\
+\x04sizew\x04\0\x06region\x03\0\x07\x01m\x02\x04edge\x05level\x04\0\x07trigger\x03\
+\0\x09\x01ky\x01r\x02\x03gsi\x0b\x07trigger\x0a\x04\0\x0cline-request\x03\0\x0c\x01\
+r\x02\x03hids\x03uidy\x04\0\x09acpi-node\x03\0\x0e\x01p\x08\x01p\x0d\x01ps\x01k\x0f\
+\x01r\x05\x07regions\x10\x05lines\x11\x06timersy\x08channels\x12\x04acpi\x13\x04\
+\0\x0bdescription\x03\0\x14\x01p}\x01r\x02\x06schemay\x04data\x16\x04\0\x0bsaved\
+-state\x03\0\x17\x03\0\x18tenon:device/types@0.1.0\x05\x0b\x01B\x08\x01r\x03\x04\
+names\x08max-size{\x04head{\x04\0\x05queue\x03\0\0\x01p\x01\x01ps\x01r\x09\x0bde\
+vice-type{\x08featuresw\x06queues\x02\x0bconfig-size{\x06timersy\x08channels\x03\
+\x06stores\x03\x05ports\x03\x07sockets\x03\x04\0\x12virtio-description\x03\0\x04\
+\x01r\x04\x06handley\x08readabley\x08writabley\x04heady\x04\0\x07request\x03\0\x06\
+\x03\0\x1ftenon:device/virtio-types@0.1.0\x05\x0c\x02\x03\0\x0a\x0aerror-code\x02\
+\x03\0\x0a\x07setting\x02\x03\0\x0a\x0bsaved-state\x02\x03\0\x0b\x12virtio-descr\
+iption\x02\x03\0\x0b\x07request\x02\x03\0\x01\x05timer\x02\x03\0\x05\x05store\x02\
+\x03\0\x05\x0bstore-error\x02\x03\0\x06\x04port\x02\x03\0\x07\x06socket\x01BN\x02\
+\x03\x02\x01\x0d\x04\0\x0aerror-code\x03\0\0\x02\x03\x02\x01\x0e\x04\0\x07settin\
+g\x03\0\x02\x02\x03\x02\x01\x0f\x04\0\x0bsaved-state\x03\0\x04\x02\x03\x02\x01\x10\
+\x04\0\x12virtio-description\x03\0\x06\x02\x03\x02\x01\x11\x04\0\x07request\x03\0\
+\x08\x02\x03\x02\x01\x12\x04\0\x05timer\x03\0\x0a\x02\x03\x02\x01\x04\x04\0\x07c\
+hannel\x03\0\x0c\x02\x03\x02\x01\x13\x04\0\x05store\x03\0\x0e\x02\x03\x02\x01\x14\
+\x04\0\x0bstore-error\x03\0\x10\x02\x03\x02\x01\x15\x04\0\x04port\x03\0\x12\x02\x03\
+\x02\x01\x16\x04\0\x06socket\x03\0\x14\x01i\x0b\x01p\x16\x01i\x0d\x01p\x18\x01i\x0f\
+\x01p\x1a\x01i\x13\x01p\x1c\x01i\x15\x01p\x1e\x01r\x05\x06timers\x17\x08channels\
+\x19\x06stores\x1b\x05ports\x1d\x07sockets\x1f\x04\0\x11virtio-attachment\x03\0\x20\
+\x01k\x11\x01r\x02\x07requesty\x05error\"\x04\0\x0eoperation-done\x03\0#\x01p\x03\
+\x01j\x01\x07\x01\x01\x01@\x01\x06config%\0&\x04\0\x08describe\x01'\x01j\0\x01\x01\
+\x01@\x01\x0aattachment!\0(\x04\0\x05start\x01)\x01@\x01\x08featuresw\0(\x04\0\x08\
+activate\x01*\x01@\x02\x06offsety\x04size}\0w\x04\0\x0bconfig-read\x01+\x01@\x03\
+\x06offsety\x04size}\x05valuew\x01\0\x04\0\x0cconfig-write\x01,\x01p\x09\x01p}\x01\
+@\x03\x05queue{\x08requests-\x05heads.\x01\0\x04\0\x0erequests-ready\x01/\x01p$\x01\
+@\x01\x04done0\x01\0\x04\0\x0foperations-done\x011\x01@\x01\x04porty\x01\0\x04\0\
+\x0aport-ready\x012\x04\0\x0cport-changed\x012\x01@\x01\x06sockety\x01\0\x04\0\x0c\
+socket-ready\x013\x01@\x01\x05storey\x01\0\x04\0\x0dstore-changed\x014\x01@\x01\x07\
+channely\x01\0\x04\0\x10channel-readable\x015\x04\0\x10channel-writable\x015\x01\
+@\x01\x05timery\x01\0\x04\0\x0btimer-fired\x016\x01@\x01\x07setting\x03\0(\x04\0\
+\x06adjust\x017\x01@\0\x01\0\x04\0\x05reset\x018\x01j\x01\x05\x01\x01\x01@\0\09\x04\
+\0\x04save\x01:\x01@\x01\x05state\x05\0(\x04\0\x07restore\x01;\x04\0\x20tenon:de\
+vice/virtio-device@0.1.0\x05\x17\x04\0\x20tenon:device/virtio-plugin@0.1.0\x04\0\
+\x0b\x13\x01\0\x0dvirtio-plugin\x03\0\0\0G\x09producers\x01\x0cprocessed-by\x02\x0d\
+wit-component\x070.258.3\x10wit-bindgen-rust\x060.61.1";
         };
     };
 }
@@ -3040,9 +3555,9 @@ pub use __export_virtio_plugin_impl as export;
 )]
 #[doc(hidden)]
 #[allow(clippy::octal_escapes)]
-pub static __WIT_BINDGEN_COMPONENT_TYPE: [u8; 2661] = *b"\
-\0asm\x0d\0\x01\0\0\x19\x16wit-component-encoding\x04\0\x07\xc1\x13\x01A\x02\x01\
-A\x17\x01B\x04\x01m\x05\x05error\x04warn\x04info\x05debug\x05trace\x04\0\x05leve\
+pub static __WIT_BINDGEN_COMPONENT_TYPE: [u8; 3196] = *b"\
+\0asm\x0d\0\x01\0\0\x19\x16wit-component-encoding\x04\0\x07\xd8\x17\x01A\x02\x01\
+A\x19\x01B\x04\x01m\x05\x05error\x04warn\x04info\x05debug\x05trace\x04\0\x05leve\
 l\x03\0\0\x01@\x02\x05level\x01\x07messages\x01\0\x04\0\x03log\x01\x02\x03\0\x16\
 tenon:device/log@0.1.0\x05\0\x01B\x0a\x04\0\x05timer\x03\x01\x01h\0\x01@\x02\x04\
 self\x01\x08deadlinew\x01\0\x04\0\x11[method]timer.arm\x01\x02\x01@\x03\x04self\x01\
@@ -3076,28 +3591,39 @@ o\x01\x07\x01@\x02\x04self\x06\x08offloads\x01\x01\0\x04\0\x13[method]port.accep
 t\x01\x08\x01py\x01@\x02\x04self\x06\x08requests\x09\x01\0\x04\0\x11[method]port\
 .send\x01\x0a\x01@\x02\x04self\x06\x03maxy\0\x09\x04\0\x14[method]port.waiting\x01\
 \x0b\x01p{\x01@\x03\x04self\x06\x06counts\x0c\x08requests\x09\x01\0\x04\0\x14[me\
-thod]port.receive\x01\x0d\x03\0\x18tenon:device/ports@0.1.0\x05\x07\x01B\x02\x01\
-@\x03\x07requesty\x06offsety\x06lengthy\0y\x04\0\x04fill\x01\0\x03\0\x1atenon:de\
-vice/entropy@0.1.0\x05\x08\x01B\x05\x01@\x01\x07requesty\0y\x04\0\x10release-num\
-bered\x01\0\x04\0\x0brelease-own\x01\0\x01@\0\0w\x04\0\x0bmemory-size\x01\x01\x03\
-\0\x1etenon:device/guest-pages@0.1.0\x05\x09\x01B\x19\x01q\x04\x07invalid\x01s\0\
-\x0bunsupported\x01s\0\x06schema\x01s\0\x05other\x01s\0\x04\0\x0aerror-code\x03\0\
-\0\x01r\x02\x03keys\x05values\x04\0\x07setting\x03\0\x02\x01m\x02\x03pio\x04mmio\
-\x04\0\x05space\x03\0\x04\x01kw\x01r\x04\x04names\x05space\x05\x04base\x06\x04si\
-zew\x04\0\x06region\x03\0\x07\x01m\x02\x04edge\x05level\x04\0\x07trigger\x03\0\x09\
-\x01ky\x01r\x02\x03gsi\x0b\x07trigger\x0a\x04\0\x0cline-request\x03\0\x0c\x01r\x02\
-\x03hids\x03uidy\x04\0\x09acpi-node\x03\0\x0e\x01p\x08\x01p\x0d\x01ps\x01k\x0f\x01\
-r\x05\x07regions\x10\x05lines\x11\x06timersy\x08channels\x12\x04acpi\x13\x04\0\x0b\
-description\x03\0\x14\x01p}\x01r\x02\x06schemay\x04data\x16\x04\0\x0bsaved-state\
-\x03\0\x17\x03\0\x18tenon:device/types@0.1.0\x05\x0a\x01B\x08\x01r\x03\x04names\x08\
-max-size{\x04head{\x04\0\x05queue\x03\0\0\x01p\x01\x01ps\x01r\x08\x0bdevice-type\
-{\x08featuresw\x06queues\x02\x0bconfig-size{\x06timersy\x08channels\x03\x06store\
-s\x03\x05ports\x03\x04\0\x12virtio-description\x03\0\x04\x01r\x04\x06handley\x08\
-readabley\x08writabley\x04heady\x04\0\x07request\x03\0\x06\x03\0\x1ftenon:device\
-/virtio-types@0.1.0\x05\x0b\x04\0@tenon:device/virtio-plugin-with-all-of-its-exp\
-orts-removed@0.1.0\x04\0\x0b3\x01\0-virtio-plugin-with-all-of-its-exports-remove\
-d\x03\0\0\0G\x09producers\x01\x0cprocessed-by\x02\x0dwit-component\x070.258.3\x10\
-wit-bindgen-rust\x060.61.1";
+thod]port.receive\x01\x0d\x03\0\x18tenon:device/ports@0.1.0\x05\x07\x01B\x16\x01\
+ky\x01r\x06\x06numbery\x06wanted\0\x08readable\x7f\x05ended\x7f\x04deaf\x7f\x06u\
+nsenty\x04\0\x0cstream-state\x03\0\x01\x01r\x02\x05takeny\x06unsenty\x04\0\x04se\
+nt\x03\0\x03\x04\0\x06socket\x03\x01\x01h\x05\x01@\x02\x04self\x06\x04porty\0\0\x04\
+\0\x16[method]socket.connect\x01\x07\x01p\x02\x01@\x02\x04self\x06\x03maxy\0\x08\
+\x04\0\x13[method]socket.news\x01\x09\x01@\x03\x04self\x06\x06numbery\x04porty\x01\
+\0\x04\0\x15[method]socket.accept\x01\x0a\x01@\x05\x04self\x06\x07requesty\x06of\
+fsety\x06lengthy\x06numbery\0\x04\x04\0\x13[method]socket.send\x01\x0b\x01@\x05\x04\
+self\x06\x07requesty\x06offsety\x06lengthy\x06numbery\0y\x04\0\x16[method]socket\
+.receive\x01\x0c\x01@\x04\x04self\x06\x06numbery\x07receive\x7f\x04send\x7f\x01\0\
+\x04\0\x13[method]socket.shut\x01\x0d\x01@\x02\x04self\x06\x06numbery\x01\0\x04\0\
+\x14[method]socket.close\x01\x0e\x03\0\x1atenon:device/sockets@0.1.0\x05\x08\x01\
+B\x02\x01@\x03\x07requesty\x06offsety\x06lengthy\0y\x04\0\x04fill\x01\0\x03\0\x1a\
+tenon:device/entropy@0.1.0\x05\x09\x01B\x05\x01@\x01\x07requesty\0y\x04\0\x10rel\
+ease-numbered\x01\0\x04\0\x0brelease-own\x01\0\x01@\0\0w\x04\0\x0bmemory-size\x01\
+\x01\x03\0\x1etenon:device/guest-pages@0.1.0\x05\x0a\x01B\x19\x01q\x04\x07invali\
+d\x01s\0\x0bunsupported\x01s\0\x06schema\x01s\0\x05other\x01s\0\x04\0\x0aerror-c\
+ode\x03\0\0\x01r\x02\x03keys\x05values\x04\0\x07setting\x03\0\x02\x01m\x02\x03pi\
+o\x04mmio\x04\0\x05space\x03\0\x04\x01kw\x01r\x04\x04names\x05space\x05\x04base\x06\
+\x04sizew\x04\0\x06region\x03\0\x07\x01m\x02\x04edge\x05level\x04\0\x07trigger\x03\
+\0\x09\x01ky\x01r\x02\x03gsi\x0b\x07trigger\x0a\x04\0\x0cline-request\x03\0\x0c\x01\
+r\x02\x03hids\x03uidy\x04\0\x09acpi-node\x03\0\x0e\x01p\x08\x01p\x0d\x01ps\x01k\x0f\
+\x01r\x05\x07regions\x10\x05lines\x11\x06timersy\x08channels\x12\x04acpi\x13\x04\
+\0\x0bdescription\x03\0\x14\x01p}\x01r\x02\x06schemay\x04data\x16\x04\0\x0bsaved\
+-state\x03\0\x17\x03\0\x18tenon:device/types@0.1.0\x05\x0b\x01B\x08\x01r\x03\x04\
+names\x08max-size{\x04head{\x04\0\x05queue\x03\0\0\x01p\x01\x01ps\x01r\x09\x0bde\
+vice-type{\x08featuresw\x06queues\x02\x0bconfig-size{\x06timersy\x08channels\x03\
+\x06stores\x03\x05ports\x03\x07sockets\x03\x04\0\x12virtio-description\x03\0\x04\
+\x01r\x04\x06handley\x08readabley\x08writabley\x04heady\x04\0\x07request\x03\0\x06\
+\x03\0\x1ftenon:device/virtio-types@0.1.0\x05\x0c\x04\0@tenon:device/virtio-plug\
+in-with-all-of-its-exports-removed@0.1.0\x04\0\x0b3\x01\0-virtio-plugin-with-all\
+-of-its-exports-removed\x03\0\0\0G\x09producers\x01\x0cprocessed-by\x02\x0dwit-c\
+omponent\x070.258.3\x10wit-bindgen-rust\x060.61.1";
 #[inline(never)]
 #[doc(hidden)]
 pub fn __link_custom_section_describing_imports() {

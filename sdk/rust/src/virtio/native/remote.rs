@@ -3,8 +3,8 @@
 use std::ffi::c_void;
 
 use tenon_abi::{
-    Answer, Bytes, Handle, Level, Offloads, PortInfo, Request, RequestOperation, Sink, StoreInfo, VirtioHost,
-    wire,
+    Answer, Bytes, Handle, Level, Offloads, PortInfo, Request, RequestOperation, Sent, Sink, StoreInfo,
+    StreamRecord, StreamState, VirtioHost, wire,
 };
 
 use crate::device::hosted as device;
@@ -187,6 +187,51 @@ impl hosted::Host for Remote {
                 handles,
             )
         }
+    }
+
+    fn socket_connect(&self, socket: u32, port: u32) -> Option<u32> {
+        let mut number = 0;
+        // SAFETY: see above.
+        let is_there = unsafe { (self.table().socket_connect)(self.context, socket, port, &raw mut number) };
+        (is_there != 0).then_some(number)
+    }
+
+    fn socket_news(&self, socket: u32, max: u32) -> Vec<StreamState> {
+        // No socket has more streams at once.
+        let max = max.min(4096);
+        let mut states = vec![StreamRecord::default(); max as usize];
+        // SAFETY: see above; there is room for `max` states.
+        let count = unsafe { (self.table().socket_news)(self.context, socket, max, states.as_mut_ptr()) };
+        states.truncate(count as usize);
+        states.into_iter().map(StreamState::from).collect()
+    }
+
+    fn socket_accept(&self, socket: u32, number: u32, port: u32) {
+        // SAFETY: see above.
+        unsafe { (self.table().socket_accept)(self.context, socket, number, port) }
+    }
+
+    fn socket_send(&self, socket: u32, request: Handle, offset: u32, length: u32, number: u32) -> Sent {
+        let mut unsent = 0;
+        let call = self.table().socket_send;
+        // SAFETY: see above.
+        let taken = unsafe { call(self.context, socket, request, offset, length, number, &raw mut unsent) };
+        Sent { taken, unsent }
+    }
+
+    fn socket_receive(&self, socket: u32, request: Handle, offset: u32, length: u32, number: u32) -> u32 {
+        // SAFETY: see above.
+        unsafe { (self.table().socket_receive)(self.context, socket, request, offset, length, number) }
+    }
+
+    fn socket_shut(&self, socket: u32, number: u32, receive: bool, send: bool) {
+        // SAFETY: see above.
+        unsafe { (self.table().socket_shut)(self.context, socket, number, receive.into(), send.into()) }
+    }
+
+    fn socket_close(&self, socket: u32, number: u32) {
+        // SAFETY: see above.
+        unsafe { (self.table().socket_close)(self.context, socket, number) }
     }
 
     fn fill_random(&self, request: Handle, offset: u32, length: u32) -> u32 {
