@@ -21,6 +21,9 @@ const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// The cluster is used once, here.
 const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
+/// Bits of an L1 entry, and of an L2 entry that is not compressed, that must be 0. Bit 0 of the latter is for zeroes, from version 3 on.
+const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
+const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 
 /// What a check found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -158,6 +161,9 @@ impl Check<'_> {
             self.report.fault(|| "the L1 table is too short for the disk".into());
         }
         for l1 in numbers(self.file, self.header.l1_offset, self.header.l1_size.into())? {
+            if l1 & L1_RESERVED != 0 {
+                self.report.fault(|| format!("the L1 entry {l1:#x} has reserved bits"));
+            }
             let l2 = l1 & OFFSET;
             if l2 == 0 || !self.uses(l2, 1, "an L2 table") {
                 continue;
@@ -184,6 +190,10 @@ impl Check<'_> {
             let first = offset >> bits << bits;
             self.uses(first, offset + length - first, "a compressed cluster");
             return;
+        }
+        let zeroes = u64::from(self.header.version < 3);
+        if entry & (L2_RESERVED | zeroes) != 0 {
+            self.report.fault(|| format!("the L2 entry {entry:#x} has reserved bits"));
         }
         let offset = entry & OFFSET;
         if offset != 0 {

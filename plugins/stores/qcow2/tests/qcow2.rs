@@ -433,6 +433,31 @@ fn images_are_made_described_and_checked() {
 }
 
 #[test]
+fn the_check_finds_reserved_bits_for_which_reads_fail() {
+    let folder = folder();
+    let path = image(&folder, 2 * MIB);
+    let mut bench = open(&path, &[]).unwrap();
+    bench.write(0, &[1; 4096]).unwrap();
+    bench.close().unwrap();
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+    let number = |at: u64| {
+        let mut bytes = [0; 8];
+        file.read_exact_at(&mut bytes, at).unwrap();
+        u64::from_be_bytes(bytes)
+    };
+    let l1 = number(40);
+    let l2 = number(l1) & 0x00ff_ffff_ffff_fe00;
+    for (entry, bit) in [(l1, 3), (l2, 60), (l2, 1)] {
+        let good = number(entry);
+        file.write_all_at(&(good | 1 << bit).to_be_bytes(), entry).unwrap();
+        let report = check(&path).unwrap();
+        assert!(report.errors > 0 && report.told[0].contains("reserved"), "bit {bit}: {report:?}");
+        file.write_all_at(&good.to_be_bytes(), entry).unwrap();
+    }
+    assert_eq!(check(&path).unwrap().errors, 0);
+}
+
+#[test]
 fn it_does_what_every_user_of_a_store_relies_on() {
     let folder = folder();
     let path = image(&folder, 8 * MIB);

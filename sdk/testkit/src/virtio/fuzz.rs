@@ -24,7 +24,7 @@ pub struct Exchange {
     pub readable: Vec<u8>,
     /// The length of the writable part.
     pub room: usize,
-    /// Nothing else was under way: no other request, and no operation on a store.
+    /// Nothing else was under way from the request to its answer: no later request, and no operation on a store.
     pub alone: bool,
     /// The answer.
     pub answered: Answered,
@@ -167,6 +167,7 @@ impl<D: VirtioDevice, C: FnMut(&mut VirtioBench<D>, &Exchange)> Run<D, C> {
             .collect();
         let under_way: usize = self.about.stores.iter().map(|store| self.bench.under_way(store)).sum();
         let alone = count == 1 && under_way == 0;
+        self.given.values_mut().for_each(|given| given.alone = false);
         let asked: Vec<(&[u8], usize)> = requests.iter().map(|(bytes, room)| (&bytes[..], *room)).collect();
         let tickets = self.bench.submit(queue, &asked);
         for (ticket, (readable, room)) in tickets.into_iter().zip(requests) {
