@@ -76,7 +76,7 @@ fn try_image(image: &Path, read_only: bool, grants: &[PathBuf], deeds: &[[u8; 4]
     let mut model = if sound && bench.info.size <= MODELLED { Model::new(&mut bench) } else { None };
     for deed in deeds {
         let Some(ask) = ask(*deed, bench.info.size) else { continue };
-        let outcome = bench.run(&[ask.clone()]).pop().unwrap();
+        let outcome = bench.run(std::slice::from_ref(&ask)).pop().unwrap();
         let name = format!("{ask:?}");
         let kind = name.split([' ', '{']).next().unwrap_or_default().to_owned();
         seen.insert(format!(

@@ -141,7 +141,7 @@ impl<D: VirtioDevice, C: FnMut(&mut VirtioBench<D>, &Exchange)> Run<D, C> {
         if self.bench.is_active() {
             return;
         }
-        let chosen = if input.u8() % 4 == 0 { input.u64() } else { u64::MAX };
+        let chosen = if input.u8().is_multiple_of(4) { input.u64() } else { u64::MAX };
         let done = self.bench.activate(self.about.features & chosen);
         self.seen.insert(format!("features {}", if done.is_ok() { "taken" } else { "refused" }));
     }
