@@ -151,21 +151,9 @@ impl Device {
         device.bring_up(features).then_some(device)
     }
 
-    /// Resets the device, and returns when it says that it is: it must not touch memory any more.
-    pub fn reset(&self) {
+    fn bring_up(&mut self, features: u32) -> bool {
         self.set_status(0);
         while self.status() != 0 {}
-    }
-
-    /// Brings the device up again with an empty queue, as [`Device::begin`] does. Whether it accepts this.
-    pub fn bring_up(&mut self, features: u32) -> bool {
-        self.reset();
-        (self.made, self.taken) = (0, 0);
-        // SAFETY: the device that used it is reset.
-        unsafe {
-            (&raw mut (*RING.at()).available).write_bytes(0, 1);
-            (&raw mut (*RING.at()).used).write_bytes(0, 1);
-        }
         self.set_status(ACKNOWLEDGE | DRIVER);
         let ring = RING.at();
         // SAFETY: registers of the device (virtio 1.2 §4.1.4.3), mapped one to one, and the ring, which nobody else uses.
@@ -204,12 +192,6 @@ impl Device {
         }
         self.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
         true
-    }
-
-    /// How many used entries the device says there are.
-    pub fn used_index(&self) -> u16 {
-        // SAFETY: reading memory that is always there.
-        unsafe { (&raw const (*RING.at()).used.index).read_volatile() }
     }
 
     fn status(&self) -> u8 {
@@ -280,6 +262,27 @@ impl Device {
                 (&raw const (*ring).used.entries[usize::from(self.taken) % QUEUE]).read_volatile();
             self.taken = self.taken.wrapping_add(1);
             Some((first as u16, written))
+        }
+    }
+
+    /// How many used entries the device says there are.
+    pub fn used_index(&self) -> u16 {
+        // SAFETY: reading memory that is always there.
+        unsafe { (&raw const (*RING.at()).used.index).read_volatile() }
+    }
+
+    /// Resets the device, and returns when it says that it is: it must not touch memory any more.
+    pub fn reset(&self) {
+        self.set_status(0);
+        while self.status() != 0 {}
+    }
+
+    /// Forgets what is in the queue of a device that was reset, which can then be begun again.
+    pub fn forget(self) {
+        // SAFETY: the device that used it is reset.
+        unsafe {
+            (&raw mut (*RING.at()).available).write_bytes(0, 1);
+            (&raw mut (*RING.at()).used).write_bytes(0, 1);
         }
     }
 }
