@@ -130,14 +130,15 @@ fn a_restarted_machine_begins_in_rom_again_with_what_it_wrote_to_flash() {
 
 #[test]
 fn what_cannot_be_firmware_is_refused_by_name() {
-    let run = |code: &[u8]| Firmware::new(code, &[]).run("soft").outcome();
+    let run = |code: &[u8]| Firmware::new(code, &[0xf0; FLASH]).run("soft").outcome();
     Tenon::run()
         .args(["--firmware", "/nowhere/OVMF.fd"])
         .outcome()
         .refused(1, &["/nowhere/OVMF.fd", "No such file"]);
     Tenon::run().args(["--firmware", "/usr"]).outcome().refused(1, &["/usr", "a folder"]);
     Tenon::run().args(["--firmware", "/dev/zero"]).outcome().refused(1, &["/dev/zero", "a device"]);
-    run(&[]).refused(1, &["CODE.fd"]);
+    run(&[]).refused(1, &["CODE.fd", "empty"]);
+    Firmware::new(&[1; 4096], &[]).run("soft").outcome().refused(1, &["VARS.fd", "empty"]);
     run(&[1; 5000]).refused(1, &["CODE.fd", "0x1388", "4 KiB"]);
     run(&[1; (16 << 20) + 4096]).refused(1, &["CODE.fd", "larger"]);
     run(&[0xff; 4096]).refused(1, &["firmware", "nothing there"]);
@@ -281,7 +282,8 @@ fn ovmf_makes_damaged_variables_anew() {
     let nvram = folder.path().join("nvram");
     let mut damaged = fs::read(first).expect("the variables");
     let mut noise = 0x2545_f491_4f6c_dd1d_u64;
-    for byte in &mut damaged[0x64..] {
+    // The variables, all of them; OVMF trusts what it keeps behind them for its own writing.
+    for byte in &mut damaged[0x64..0x4_0000] {
         noise = noise.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
         *byte = noise.to_le_bytes()[7];
     }

@@ -116,7 +116,11 @@ impl Firmware {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
-    read_bounded(path, LARGEST).with_context(|| format!("firmware `{}`", path.display()))
+    let bytes = read_bounded(path, LARGEST).with_context(|| format!("firmware `{}`", path.display()))?;
+    if bytes.is_empty() {
+        bail!("firmware `{}` is empty", path.display());
+    }
+    Ok(bytes)
 }
 
 /// What the store holds, or where it is blank, the first content, which is put there.
