@@ -223,10 +223,11 @@ fn nothing_is_written_after_a_reset(engine: &str, rounds: u32, disk: &str) {
 fn a_thousand_resets_with_requests_under_way_leave_memory_alone() {
     let (_folder, file) = disk(&noise(4, MIB));
     // Some answers come before the reset, some would come after it.
-    let slow = format!("fault:file:{},rules=any:chance=1/64:delay=300us", file.display());
-    nothing_is_written_after_a_reset("soft", 1000, &slow);
+    let slow = |delay: &str| format!("fault:file:{},rules=any:chance=1/64:delay={delay}", file.display());
+    nothing_is_written_after_a_reset("soft", 1000, &slow("300us"));
     if has_kvm() {
-        nothing_is_written_after_a_reset("kvm", 24, &slow);
+        // Some hosts' KVM emulates ring 0, in which this guest waits.
+        nothing_is_written_after_a_reset("kvm", 24, &slow("30ms"));
     }
 }
 
