@@ -37,7 +37,15 @@ fn vendor(name: &str, kind: &str) -> (TempDir, PathBuf) {
     let text = succeeds(&own, &["test"]);
     assert!(text.ends_with(&format!("{name}: passed\n")), "{text}");
     let out = folder.path().join("built");
-    succeeds(&own, &["build", "--out", out.to_str().expect("UTF-8")]);
+    let text = succeeds(&own, &["build", "--out", out.to_str().expect("UTF-8")]);
+    let place = out.join(name);
+    let place = place.to_str().expect("UTF-8");
+    let option = match kind {
+        "store" => format!("--plugin-dir {} --disk {name}:STORE:PLACE", out.display()),
+        "personality" => format!("--personality {place}"),
+        _ => format!("--device {place}"),
+    };
+    assert!(text.ends_with(&format!("Use it with: tenon run … {option}\n")), "{text}");
     (folder, out.join(name))
 }
 

@@ -20,7 +20,7 @@ use crate::plugins::Shelf;
 /// The settings that the place of a store may be, in the order in which they are looked for.
 const PLACES: [&str; 3] = ["path", "url", "size"];
 /// The permission of a store that stands on others.
-const LOWER: &str = "lower-stores";
+pub(crate) const LOWER: &str = "lower-stores";
 /// The setting by which a store is made read-only.
 const READ_ONLY_STORE: &str = "readonly";
 /// The setting by which a disk is.

@@ -13,6 +13,7 @@ use tenon_plugins::{Bundle, Manifest, SettingType};
 
 use crate::Usage;
 use crate::args::{KindChoice, PluginCommand, PluginPlaces};
+use crate::disks::LOWER;
 use crate::plugins::{BUILT_IN_FORM, Shelf, built_in, catalog, find, form, is_built_in};
 use crate::run::FAILED;
 use crate::say::{explain, print, print_table};
@@ -75,7 +76,19 @@ fn tell_built(built: &Built) -> Result<()> {
     if let Some(archive) = &built.archive {
         print(format_args!("  archive    {}", archive.display()))?;
     }
-    print(format_args!("Use it with: tenon run … --{} {}", built.kind, built.directory.display()))
+    print(format_args!("Use it with: tenon run … {}", option(built)))
+}
+
+/// What gives a machine the plugin that was built.
+fn option(built: &Built) -> String {
+    let folder = built.directory.display();
+    if built.kind != "store" {
+        return format!("--{} {folder}", built.kind);
+    }
+    // A store is found by its id, for what stands behind it may hold a slash.
+    let shelf = built.directory.parent().unwrap_or(&built.directory).display();
+    let place = if built.permissions.iter().any(|name| name == LOWER) { "STORE:PLACE" } else { "PLACE" };
+    format!("--plugin-dir {shelf} --disk {}:{place}", built.id)
 }
 
 fn words(list: &[String]) -> String {
@@ -314,7 +327,7 @@ fn list(lines: &[ListLine], json: bool) -> Result<()> {
 
 /// What is to be tried.
 enum Candidate {
-    Bundle(Bundle),
+    Bundle(Box<Bundle>),
     BuiltIn(String),
 }
 
@@ -323,15 +336,15 @@ fn built(plugin: &str, native: bool, places: &PluginPlaces) -> Result<Candidate>
     let folder = Path::new(plugin);
     if folder.join("Cargo.toml").is_file() {
         let built = tenon_plugin_tool::test(folder, &BuildOptions { native, ..BuildOptions::default() })?;
-        return Ok(Candidate::Bundle(Bundle::open(&built.directory)?));
+        return Ok(Candidate::Bundle(Box::new(Bundle::open(&built.directory)?)));
     }
     if folder.is_dir() {
-        return Ok(Candidate::Bundle(Bundle::open(folder)?));
+        return Ok(Candidate::Bundle(Box::new(Bundle::open(folder)?)));
     }
     if is_built_in(plugin) {
         return Ok(Candidate::BuiltIn(plugin.to_owned()));
     }
-    Ok(Candidate::Bundle(find(&catalog(places), plugin)?))
+    Ok(Candidate::Bundle(Box::new(find(&catalog(places), plugin)?)))
 }
 
 /// What `tenon plugin test --json` prints.
@@ -361,7 +374,7 @@ fn test(
     };
     let shelf = Shelf::open(places, &allowed)?;
     let plugin = match candidate {
-        Candidate::Bundle(bundle) => shelf.load_bundle(bundle)?,
+        Candidate::Bundle(bundle) => shelf.load_bundle(*bundle)?,
         Candidate::BuiltIn(id) => shelf.load(&id)?,
     };
     let Manifest { id, version, kind, permissions, .. } = plugin.manifest();

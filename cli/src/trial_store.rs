@@ -9,10 +9,9 @@ use tenon_testkit::{StoreChecks, StoreSubject, suite};
 
 use tenon_sdk::store::Operation;
 
+use crate::disks::LOWER;
 use crate::trial::Settings;
 
-/// The permission of a store that stands on others.
-const LOWER: &str = "lower-stores";
 /// How large the store is on which it stands.
 const LOWER_SIZE: &str = "16M";
 

@@ -40,8 +40,10 @@ pub(crate) fn run(plugin: &Arc<Plugin>, settings: Settings<'_>, medium: &Arc<Plu
     if device.description().device_type == BLOCK {
         said.extend(suite::blk(&mut device).map_err(|error| anyhow!("as a disk: {error}"))?);
     }
+    // Native code has neither.
+    let limits = if plugin.is_native() { "" } else { "; deadlines and limits kept" };
     said.push(format!(
-        "{requests} requests in {calls} calls, {answers} answered, each once; {operations} operations on stores; deadlines and limits kept"
+        "{requests} requests in {calls} calls, {answers} answered, each once; {operations} operations on stores{limits}"
     ));
     Ok(said)
 }
