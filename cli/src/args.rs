@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use crate::disks::DiskSpec;
+use crate::shares::ShareSpec;
 use crate::vsock::VsockSpec;
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 
@@ -158,6 +159,9 @@ pub(crate) struct RunArgs {
     /// Let programs of the guest and of this host connect to each other. A program in the guest that connects to port P of CID 2 reaches the Unix socket `PATH_P`. A program here connects to the Unix socket PATH, writes `CONNECT P` and a line feed, and after `OK` reaches port P of the guest, whose CID is 3 or N
     #[arg(long, value_name = "PATH[,cid=N]", help_heading = "Devices")]
     pub(crate) vsock: Option<VsockSpec>,
+    /// Share a folder with the guest, where `mount -t virtiofs NAME /mnt` shows it; NAME is `share`, then `share1` and so on, or what `tag` says. With `ro`, nothing in it can be changed
+    #[arg(long = "share", value_name = "DIR[,tag=NAME][,ro]", value_hint = ValueHint::DirPath, help_heading = "Devices")]
+    pub(crate) shares: Vec<ShareSpec>,
     /// What the guest's console is connected to: `stdio` (escape Ctrl-B, `Ctrl-B ?` lists), `pty`, `file:FILE` or `none`
     #[arg(long, value_name = "WHERE", default_value = "stdio", help_heading = "Devices")]
     pub(crate) console: ConsoleChoice,

@@ -18,6 +18,7 @@ use crate::Usage;
 use crate::args::{PluginSpec, RunArgs};
 use crate::disks::DISK;
 use crate::plugins::{PluginSummary, Shelf, summary};
+use crate::shares::{self, FOLDER, FOLDER_NAME};
 use crate::vsock::{SOCKET, VSOCK};
 
 /// The name of the channel that is the guest's console.
@@ -68,6 +69,7 @@ struct Behind {
     stores: Vec<(String, Arc<Store>)>,
     ports: Vec<(String, Arc<dyn NetworkPort>)>,
     sockets: Vec<(String, Arc<UnixSocket>)>,
+    folders: Vec<(String, Arc<tenon_folder::Root>)>,
 }
 
 /// The devices of a machine, as they are attached.
@@ -96,6 +98,7 @@ pub(crate) fn names_plugin(args: &RunArgs, id: &str) -> bool {
         || id == DISK && has_disk
         || id == NETWORK && !args.networks.is_empty()
         || id == VSOCK && args.vsock.is_some()
+        || id == FOLDER && !args.shares.is_empty()
 }
 
 /// How many devices may want a PCI slot.
@@ -105,6 +108,7 @@ pub(crate) fn most_slots(args: &RunArgs) -> usize {
         + args.cdroms.len()
         + args.networks.len()
         + usize::from(args.vsock.is_some())
+        + args.shares.len()
 }
 
 impl<'a> Devices<'a> {
@@ -135,6 +139,11 @@ impl<'a> Devices<'a> {
             let behind = Behind { sockets: vec![(SOCKET.into(), spec.open()?)], ..Behind::default() };
             self.attach(&spec.device(), "--vsock", behind)?;
         }
+        for (spec, tag) in shares::tags(&args.shares)? {
+            let device = PluginSpec { plugin: FOLDER.into(), settings: vec![("tag".into(), tag)] };
+            let behind = Behind { folders: vec![(FOLDER_NAME.into(), spec.open()?)], ..Behind::default() };
+            self.attach(&device, "--share", behind)?;
+        }
         Ok(())
     }
 
@@ -153,8 +162,9 @@ impl<'a> Devices<'a> {
         };
         let Sockets { parts, pci, ram } = &self.sockets;
         let model = if plugin.is_virtio() {
-            let Behind { stores, ports, sockets } = behind;
-            let parts = VirtioParts { clock: parts.clock.clone(), ram: ram.clone(), stores, ports, sockets };
+            let Behind { stores, ports, sockets, folders } = behind;
+            let parts =
+                VirtioParts { clock: parts.clock.clone(), ram: ram.clone(), stores, ports, sockets, folders };
             let device = plugin.attach_virtio(&name, &spec.settings, &parts).map_err(wrong)?;
             let slot = pci.attach(&name, device.clone(), None)?.to_string();
             Model::Virtio { device, slot }

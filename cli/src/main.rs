@@ -14,6 +14,7 @@ mod plugin;
 mod plugins;
 mod run;
 mod say;
+mod shares;
 mod terminal;
 mod trial;
 mod trial_driver;

@@ -3,14 +3,18 @@
 //!
 //! The device works on its own thread, so that after each step the trial waits until there is nothing left to do ([`VirtioDevice::settle`]).
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use tempfile::TempDir;
 use tenon_abi::{SavedState, VirtioDescription};
 use tenon_core::{Clock, FRAME_HEADER, Lifecycle, NetworkPort, QueueDevice};
-use tenon_plugins::{AttachError, Plugin, SettingSchema, SettingType, VirtioDevice, VirtioParts, VirtioUse};
+use tenon_plugins::{
+    AttachError, Plugin, SettingSchema, SettingType, UnixSocket, VirtioDevice, VirtioParts, VirtioUse,
+};
 use tenon_testkit::{Answered, MemoryStore, Ticket, VirtioSubject, suite};
 
 use crate::trial::{Numbers, Settings};
@@ -116,12 +120,28 @@ fn values(schema: &SettingSchema) -> Vec<String> {
     values
 }
 
-/// The stores and ports of a device, by their names.
+/// The stores, ports, sockets and folders of a device, by their names.
 #[derive(Default)]
 struct Around {
     hands: Vec<(String, Arc<Hand>)>,
     parts: Vec<(String, Arc<tenon_plugins::Store>)>,
     ports: Vec<(String, Arc<Echo>)>,
+    /// Nobody is at the other end.
+    sockets: Vec<(String, Arc<UnixSocket>)>,
+    /// Empty ones.
+    folders: Vec<(String, Arc<tenon_folder::Root>)>,
+    /// Where sockets and folders are. Dropped last.
+    places: Vec<TempDir>,
+}
+
+impl Around {
+    /// A new folder of the host.
+    fn place(&mut self) -> Result<PathBuf, String> {
+        let place = tempfile::tempdir().map_err(|error| format!("a temporary folder: {error}"))?;
+        let path = place.path().to_owned();
+        self.places.push(place);
+        Ok(path)
+    }
 }
 
 /// A virtio device behind the plugin host.
@@ -197,6 +217,8 @@ fn attach(
             ram: driver.ram().clone(),
             stores: around.parts.clone(),
             ports: around.ports.iter().map(port).collect(),
+            sockets: around.sockets.clone(),
+            folders: around.folders.clone(),
         };
         match plugin.attach_virtio("trial", settings, &parts) {
             Ok(device) => return Ok(device),
@@ -208,10 +230,18 @@ fn attach(
             Err(AttachError::Missing { what: "network port", name, .. }) => {
                 around.ports.push((name, Arc::default()));
             }
+            Err(AttachError::Missing { what: "socket", name, .. }) => {
+                let socket = UnixSocket::open(&around.place()?.join("socket"));
+                around.sockets.push((name, socket.map_err(|error| error.to_string())?));
+            }
+            Err(AttachError::Missing { what: "folder", name, .. }) => {
+                let folder = tenon_folder::Root::open(&around.place()?, false);
+                around.folders.push((name, folder.map_err(|error| error.to_string())?));
+            }
             Err(error) => return Err(error.to_string()),
         }
     }
-    Err("it asks for other stores or ports each time".into())
+    Err("it asks for something else each time".into())
 }
 
 fn state((schema, data): (u32, Vec<u8>)) -> SavedState {

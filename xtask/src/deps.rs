@@ -10,24 +10,29 @@ use crate::process::{capture, cargo};
 use crate::tree;
 
 /// Which packages of the workspace the packages in a folder may use. The first rule that fits a package is its own.
-const RULES: [(&str, Allowed); 17] = [
+const RULES: [(&str, Allowed); 18] = [
     ("core/machine", Allowed::These { code: &[], tests: &[] }),
     ("core/soft/fp", Allowed::These { code: &[], tests: &[] }),
     ("core/soft", Allowed::These { code: &["tenon-core", "tenon-soft-fp"], tests: &["tenon-platform"] }),
     ("core/kvm", Allowed::These { code: &["tenon-core"], tests: &[] }),
     ("sdk/abi", Allowed::These { code: &[], tests: &[] }),
     ("sdk/rust", Allowed::These { code: &["tenon-abi"], tests: &["tenon-testkit"] }),
-    ("sdk/testkit", Allowed::These { code: &["tenon-abi", "tenon-sdk"], tests: &[] }),
+    // Folders on the bench are those of the host.
+    ("sdk/testkit", Allowed::These { code: &["tenon-abi", "tenon-sdk", "tenon-folder"], tests: &[] }),
     ("sdk/tool", Allowed::These { code: &[], tests: &[] }),
     ("devices/platform", Allowed::These { code: &["tenon-core"], tests: &[] }),
     // Bundled plugins use what a vendor could use.
     ("devices", Allowed::These { code: &["tenon-sdk"], tests: &["tenon-testkit"] }),
     ("plugins/personalities", Allowed::These { code: &["tenon-sdk"], tests: &["tenon-testkit"] }),
     ("plugins/stores", Allowed::These { code: &["tenon-sdk"], tests: &["tenon-testkit"] }),
+    ("plugins/folder", Allowed::These { code: &["tenon-abi"], tests: &[] }),
     ("plugins/net", Allowed::These { code: &["tenon-core"], tests: &[] }),
     (
         "plugins/host",
-        Allowed::These { code: &["tenon-core", "tenon-abi"], tests: &["tenon-plugin-tool", "tenon-soft"] },
+        Allowed::These {
+            code: &["tenon-core", "tenon-abi", "tenon-folder"],
+            tests: &["tenon-plugin-tool", "tenon-soft"],
+        },
     ),
     // Whole-system tests know the product by its command only.
     ("tests", Allowed::These { code: &[], tests: &[] }),

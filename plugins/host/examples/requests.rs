@@ -102,6 +102,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         stores: vec![("disk".into(), store)],
         ports: Vec::new(),
         sockets: Vec::new(),
+        folders: Vec::new(),
     };
     let devices = [
         host.load(Bundle::open(Path::new(device))?, &Grants::none())?.attach_virtio("wasm", &[], &parts)?,

@@ -59,6 +59,7 @@ const VIRTIO: Offer = &[
     ),
     ("entropy", &["fill"]),
     ("guest-pages", &["release-numbered", "release-own", "memory-size"]),
+    ("folders", &["[method]folder.act"]),
 ];
 
 const PERSONALITY: Offer = &[

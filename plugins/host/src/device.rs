@@ -113,6 +113,14 @@ pub enum AttachError {
         /// Why.
         error: LineError,
     },
+    /// A folder of the host cannot be given.
+    #[error("device `{device}`: giving it a folder: {error}")]
+    Folder {
+        /// The device's name.
+        device: String,
+        /// Why.
+        error: std::io::Error,
+    },
     /// The host gives no thread.
     #[error("device `{device}`: starting its worker: {error}")]
     Thread {

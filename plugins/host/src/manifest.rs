@@ -114,6 +114,7 @@ impl Kind {
                 "sockets",
                 "entropy",
                 "guest-pages",
+                "folders",
             ],
             Self::Store => &["log", "time", "entropy", "lower-stores", "connections"],
             Self::Personality => &["log", "images", "guest-memory"],

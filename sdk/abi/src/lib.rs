@@ -20,6 +20,7 @@
 #[macro_use]
 mod table;
 mod device;
+mod folder;
 mod parts;
 mod personality;
 mod store;
@@ -27,6 +28,7 @@ mod virtio;
 pub mod wire;
 
 pub use device::*;
+pub use folder::*;
 pub use parts::*;
 pub use personality::*;
 pub use store::*;

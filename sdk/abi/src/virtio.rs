@@ -22,7 +22,7 @@ pub struct Queue {
     pub head: u16,
 }
 
-/// Everything that a virtio device is and needs. The index of a queue, timer, channel, store, port or socket is the number that later calls name it by.
+/// Everything that a virtio device is and needs. The index of a queue, timer, channel, store, port, socket or folder is the number that later calls name it by.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct VirtioDescription {
     /// The virtio device type (virtio 1.2 §5), such as 1 for network, 2 for block.
@@ -43,6 +43,8 @@ pub struct VirtioDescription {
     pub ports: Vec<String>,
     /// The names of its sockets.
     pub sockets: Vec<String>,
+    /// The names of the folders of the host that it works in, such as `share`.
+    pub folders: Vec<String>,
 }
 
 impl VirtioDescription {
@@ -105,6 +107,13 @@ impl VirtioDescription {
     #[must_use]
     pub fn socket(mut self, name: &str) -> Self {
         self.sockets.push(name.to_owned());
+        self
+    }
+
+    /// Adds a folder of the host.
+    #[must_use]
+    pub fn folder(mut self, name: &str) -> Self {
+        self.folders.push(name.to_owned());
         self
     }
 }
@@ -353,7 +362,7 @@ impl From<StreamRecord> for StreamState {
 }
 
 table! {
-    /// What the host offers a virtio device. Names follow the rule of [`crate::DeviceHost`]. An index of a timer, channel, store or port that the
+    /// What the host offers a virtio device. Names follow the rule of [`crate::DeviceHost`]. An index of a timer, channel, store, port or folder that the
     /// device was not given does nothing. A misdeed that ends the instance by the WIT, such as a handle that the device does not hold, changes nothing
     /// and returns 0; the host ends the instance when the call into it has returned.
     pub struct VirtioHost {
@@ -423,6 +432,8 @@ table! {
         guest_pages_release_own: fn(context: *mut c_void, request: Handle) -> u32;
         /// As in the WIT.
         guest_pages_memory_size: fn(context: *mut c_void) -> u64;
+        /// `action` is encoded ([`crate::wire::encode_folder_action`]). Returns 0, and the sink gets what it came to ([`crate::wire::encode_folder_outcome`]); or a [`crate::Errno`].
+        folder_act: fn(context: *mut c_void, folder: u32, request: Handle, action: Bytes<'_>, output: Sink) -> u32;
         /// Not in the WIT: the plugin panicked with this text (UTF-8) in the call that is about to return [`Status::TRAPPED`].
         panicked: fn(context: *mut c_void, message: Bytes<'_>);
     }
@@ -438,8 +449,8 @@ table! {
         /// `config` is encoded settings ([`crate::wire::encode_settings`]); the sink gets the description
         /// ([`crate::wire::encode_virtio_description`]), or the error.
         describe: fn(instance: *mut c_void, config: Bytes<'_>, output: Sink) -> Status;
-        /// How many timers, channels, stores, ports and sockets were granted: all that the description asked for. The sink gets the error, if any.
-        start: fn(instance: *mut c_void, timers: u32, channels: u32, stores: u32, ports: u32, sockets: u32, output: Sink) -> Status;
+        /// How many timers, channels, stores, ports, sockets and folders were granted: all that the description asked for. The sink gets the error, if any.
+        start: fn(instance: *mut c_void, timers: u32, channels: u32, stores: u32, ports: u32, sockets: u32, folders: u32, output: Sink) -> Status;
         /// The sink gets the error, if any.
         activate: fn(instance: *mut c_void, features: u64, output: Sink) -> Status;
         /// The value goes to `value`.

@@ -156,6 +156,7 @@ pub fn encode_virtio_description(description: &VirtioDescription) -> Vec<u8> {
         stores,
         ports,
         sockets,
+        folders,
     } = description;
     let mut out = Writer::default();
     out.u16(*device_type);
@@ -167,7 +168,7 @@ pub fn encode_virtio_description(description: &VirtioDescription) -> Vec<u8> {
     });
     out.u16(*config_size);
     out.u32(*timers);
-    for names in [channels, stores, ports, sockets] {
+    for names in [channels, stores, ports, sockets, folders] {
         out.list(names, |out, name| out.text(name));
     }
     out.0
@@ -189,6 +190,7 @@ pub fn decode_virtio_description(bytes: &[u8]) -> Result<VirtioDescription, Wire
             stores: r.list(Reader::text)?,
             ports: r.list(Reader::text)?,
             sockets: r.list(Reader::text)?,
+            folders: r.list(Reader::text)?,
         })
     })
 }
@@ -433,6 +435,10 @@ pub fn decode_boot(bytes: &[u8]) -> Result<Boot, WireError> {
         })
     })
 }
+
+mod folder;
+
+pub use folder::*;
 
 #[derive(Default)]
 struct Writer(Vec<u8>);

@@ -3,8 +3,10 @@
 
 use tenon_abi::wire::{self, WireError};
 use tenon_abi::{
-    Boot, ConnectionError, CpuState, Description, DeviceError, Machine, MemoryKind, MemoryRange, Offloads,
-    PersonalityError, PortInfo, StopMethod, StoreError, StoreInfo, Trigger, VirtioDescription,
+    Access, AllocateHow, Attributes, Boot, Changes, ConnectionError, CpuState, Description, DeviceError,
+    FileRange, FileTime, FolderAction, FolderEntry, FolderItem, FolderOutcome, FolderStatistics, Machine,
+    MemoryKind, MemoryRange, NewFile, NewTime, Node, Offloads, OpenFile, PersonalityError, Place, PortInfo,
+    RenameHow, StopMethod, StoreError, StoreInfo, Trigger, VirtioDescription,
 };
 
 fn description() -> Description {
@@ -51,6 +53,7 @@ fn virtio() -> VirtioDescription {
         .store("disk")
         .port("net")
         .socket("vsock")
+        .folder("share")
 }
 
 fn store() -> StoreInfo {
@@ -111,6 +114,74 @@ fn every_compound_value_survives_and_damage_is_harmless() {
     ] {
         let error = make("why".into());
         check(&error, &wire::encode_personality_error(&error), wire::decode_personality_error);
+    }
+}
+
+#[test]
+fn what_is_asked_of_a_folder_survives_and_damage_is_harmless() {
+    let (node, file) = (Node(1 << 40), OpenFile(7));
+    let place = |name: &str| Place { folder: node, name: name.into() };
+    let new = NewFile { place: place("new"), mode: 0o644, uid: 1000, gid: 100 };
+    let access = Access { read: true, append: true, ..Access::default() };
+    let range = FileRange { file, offset: 80, length: 4096, position: 1 << 33 };
+    let time = FileTime { seconds: -5, nanoseconds: 999_999_999 };
+    let changes = Changes {
+        mode: Some(0o600),
+        size: Some(1 << 40),
+        accessed: Some(NewTime::Now),
+        modified: Some(NewTime::At(time)),
+        ..Changes::default()
+    };
+    let attributes =
+        Attributes { inode: 9, size: 10, mode: 0o100_644, changed: time, ..Attributes::default() };
+    let entry = FolderEntry { node, attributes };
+    let actions = [
+        FolderAction::Clear,
+        FolderAction::Forget(vec![(node, 3), (Node::ROOT, u64::MAX)]),
+        FolderAction::LookUp(place("\u{fc}")),
+        FolderAction::Attributes { node, file: Some(file) },
+        FolderAction::Change { node, file: None, changes },
+        FolderAction::ReadLink(node),
+        FolderAction::MakeFile(new.clone()),
+        FolderAction::MakeFolder(new.clone()),
+        FolderAction::MakeLink { new: new.clone(), target: b"../x".to_vec() },
+        FolderAction::Link { node, place: place("a") },
+        FolderAction::Remove(place("a")),
+        FolderAction::RemoveFolder(place("a")),
+        FolderAction::Rename { from: place("a"), to: place("b"), how: RenameHow::Exchange },
+        FolderAction::Open { node, access },
+        FolderAction::Create { new, access, exclusive: true },
+        FolderAction::OpenFolder(node),
+        FolderAction::Names { file, position: 5, room: 4096, each: 24, entries: true },
+        FolderAction::Read(range),
+        FolderAction::Write(range),
+        FolderAction::Sync { file, data_only: true },
+        FolderAction::Allocate { file, how: AllocateHow::Punch, position: 1, length: 2 },
+        FolderAction::Seek { file, position: 1, hole: true },
+        FolderAction::Statistics(node),
+        FolderAction::Close(file),
+    ];
+    for action in actions {
+        check(&action, &wire::encode_folder_action(&action), wire::decode_folder_action);
+    }
+    let item = FolderItem { next: 3, inode: 4, kind: 8, name: b"name".to_vec(), entry: Some(entry) };
+    let outcomes = [
+        FolderOutcome::Done,
+        FolderOutcome::Entry(entry),
+        FolderOutcome::Attributes(attributes),
+        FolderOutcome::Target(b"target".to_vec()),
+        FolderOutcome::Opened(file),
+        FolderOutcome::Created(entry, file),
+        FolderOutcome::Items(vec![FolderItem { entry: None, ..item.clone() }, item]),
+        FolderOutcome::Moved(4096),
+        FolderOutcome::Position(1 << 40),
+        FolderOutcome::Statistics(FolderStatistics { blocks: 5, ..FolderStatistics::default() }),
+    ];
+    for outcome in outcomes {
+        check(&outcome, &wire::encode_folder_outcome(&outcome), wire::decode_folder_outcome);
+    }
+    for bits in 0..32 {
+        assert_eq!(Access::from_bits(bits).to_bits(), bits);
     }
 }
 

@@ -50,6 +50,7 @@
 //! | [`Socket`] | `sockets` |
 //! | [`fill_random`] | `entropy` |
 //! | [`release_numbered`], [`release_own`], [`memory_size`] | `guest-pages` |
+//! | [`Folder`] | `folders` |
 //!
 //! A misdeed, such as a handle that the device does not hold, ends the instance, as a panic does: the host makes a new one from the last saved state and gives it the unfinished
 //! requests again.
@@ -59,6 +60,7 @@
 #[cfg(target_arch = "wasm32")]
 #[doc(hidden)]
 pub mod component;
+mod folder;
 #[cfg(not(target_arch = "wasm32"))]
 pub mod hosted;
 #[cfg(not(target_arch = "wasm32"))]
@@ -70,6 +72,11 @@ use component as sys;
 #[cfg(not(target_arch = "wasm32"))]
 use hosted as sys;
 
+pub use folder::Folder;
+pub use tenon_abi::{
+    Access, AllocateHow, Attributes, Changes, Errno, FileRange, FileTime, FolderAction, FolderEntry,
+    FolderItem, FolderOutcome, FolderStatistics, NewFile, NewTime, Node, OpenFile, Place, RenameHow,
+};
 pub use tenon_abi::{
     Answer, Handle, Offloads, OperationDone, PortInfo, Queue, RequestOperation, RequestRecord, Sent,
     StoreError, StoreInfo, StreamState, VirtioDescription,
@@ -256,6 +263,7 @@ pub struct Attachment {
     stores: std::vec::IntoIter<Store>,
     ports: std::vec::IntoIter<Port>,
     sockets: std::vec::IntoIter<Socket>,
+    folders: std::vec::IntoIter<Folder>,
 }
 
 impl Attachment {
@@ -297,6 +305,14 @@ impl Attachment {
     /// The description asked for no more.
     pub fn socket(&mut self) -> Result<Socket> {
         self.sockets.next().ok_or_else(|| missing("socket"))
+    }
+
+    /// The next folder of the host: the first call gives folder 0.
+    ///
+    /// # Errors
+    /// The description asked for no more.
+    pub fn folder(&mut self) -> Result<Folder> {
+        self.folders.next().ok_or_else(|| missing("folder"))
     }
 }
 

@@ -9,9 +9,10 @@ use std::ptr;
 
 use tenon_sdk::abi::{Bytes, Sink, Status, StreamRecord, VirtioHost, VirtioTable, wire};
 use tenon_sdk::virtio::{
-    self, Answer, Attachment, Batch, Channel, Config, Decoder, Encoder, Error, Handle, Offloads,
-    OperationDone, Port, PortInfo, RequestOperation, RequestRecord, Result, Sent, Socket, Store, StoreError,
-    StoreInfo, StreamState, Timer, VirtioDescription, VirtioDevice, info,
+    self, Answer, Attachment, Attributes, Batch, Channel, Config, Decoder, Encoder, Errno, Error, Folder,
+    FolderAction, FolderEntry, FolderOutcome, Handle, Node, Offloads, OperationDone, Place, Port, PortInfo,
+    RequestOperation, RequestRecord, Result, Sent, Socket, Store, StoreError, StoreInfo, StreamState, Timer,
+    VirtioDescription, VirtioDevice, info,
 };
 
 /// Uses everything at the first request of a batch.
@@ -21,6 +22,7 @@ struct Everything {
     store: Store,
     port: Port,
     socket: Socket,
+    folder: Folder,
     value: u64,
 }
 
@@ -30,14 +32,16 @@ impl VirtioDevice for Everything {
     fn describe(config: &Config) -> Result<VirtioDescription> {
         let size = config.number("size")?.unwrap_or(64);
         let description = VirtioDescription::new(7).features(5).queue("requests", size, 4).config(8);
-        Ok(description.timer().channel("console").store("disk").port("net").socket("vsock"))
+        Ok(description.timer().channel("console").store("disk").port("net").socket("vsock").folder("share"))
     }
 
     fn start(_config: &Config, mut attachment: Attachment) -> Result<Self> {
         let (timer, channel) = (attachment.timer()?, attachment.channel()?);
         let (store, port, socket) = (attachment.store()?, attachment.port()?, attachment.socket()?);
-        assert!(attachment.port().is_err() && attachment.store().is_err() && attachment.socket().is_err());
-        Ok(Self { timer, channel, store, port, socket, value: 0 })
+        let folder = attachment.folder()?;
+        assert!(attachment.port().is_err() && attachment.store().is_err());
+        assert!(attachment.socket().is_err() && attachment.folder().is_err());
+        Ok(Self { timer, channel, store, port, socket, folder, value: 0 })
     }
 
     fn activate(&mut self, features: u64) -> Result<()> {
@@ -68,6 +72,9 @@ impl VirtioDevice for Everything {
         assert_eq!((virtio::release_numbered(one), virtio::release_own(one)), (12, 13));
         assert_eq!((virtio::memory_size(), virtio::now(), virtio::wall_clock()), (14, 15, 16));
         assert_eq!((self.store.info().size, self.port.info().mtu), (1024, 1500));
+        let place = |name: &str| Place { folder: Node::ROOT, name: name.into() };
+        assert_eq!(self.folder.look_up(one, place("there")).map(|entry| entry.node), Ok(Node(21)));
+        assert_eq!(self.folder.look_up(one, place("gone")), Err(Errno::NOENT));
         self.store.begin(&[]);
         self.store.begin(&[
             RequestOperation::read(one, 1, 2, 3).answering(b"ok"),
@@ -333,6 +340,28 @@ unsafe extern "C" fn socket_news(_: *mut c_void, _: u32, max: u32, states: *mut 
     unsafe { ptr::copy_nonoverlapping([first, second].as_ptr(), states, 2) };
     2
 }
+unsafe extern "C" fn folder_act(
+    context: *mut c_void,
+    folder: u32,
+    request: Handle,
+    action: Bytes<'_>,
+    output: Sink,
+) -> u32 {
+    // SAFETY: the bytes came in this call.
+    let action = wire::decode_folder_action(unsafe { action.as_slice() }).unwrap();
+    let FolderAction::LookUp(place) = action else { panic!("{action:?}") };
+    note(
+        context,
+        format!("folder_act({folder} {request:?} {})", String::from_utf8(place.name.clone()).unwrap()),
+    );
+    if place.name != b"there" {
+        return Errno::NOENT.0;
+    }
+    let entry = FolderEntry { node: Node(21), attributes: Attributes::default() };
+    // SAFETY: the sink came in this call.
+    unsafe { output.put(&wire::encode_folder_outcome(&FolderOutcome::Entry(entry))) };
+    0
+}
 unsafe extern "C" fn panicked(context: *mut c_void, message: Bytes<'_>) {
     note(context, format!("panicked: {}", text(message)));
 }
@@ -372,6 +401,7 @@ static HOST: VirtioHost = VirtioHost {
     guest_pages_release_numbered,
     guest_pages_release_own,
     guest_pages_memory_size,
+    folder_act,
     panicked,
 };
 
@@ -396,7 +426,7 @@ impl Instance {
         assert_eq!((description.device_type, description.stores.as_slice()), (7, &["disk".to_owned()][..]));
         // SAFETY: by the convention.
         let started =
-            instance.ask(|table, instance, sink| unsafe { (table.start)(instance, 1, 1, 1, 1, 1, sink) });
+            instance.ask(|table, instance, sink| unsafe { (table.start)(instance, 1, 1, 1, 1, 1, 1, sink) });
         assert_eq!(started.0, Status::OK);
         instance
     }
@@ -442,6 +472,8 @@ fn every_call_crosses_the_boundary_in_both_directions() {
         "entropy_fill(Handle(70) 9 10)",
         "guest_pages_release_numbered(Handle(70))",
         "guest_pages_release_own(Handle(70))",
+        "folder_act(0 Handle(70) there)",
+        "folder_act(0 Handle(70) gone)",
         "store_begin(0 Handle(70) 0 1 2 3 ok)",
         "store_begin(0 Handle(70) 1 4 5 6 )",
         "store_begin(2)",

@@ -3,6 +3,7 @@
 mod bench;
 mod blk;
 mod ends;
+mod folders;
 pub(crate) mod fuzz;
 mod outside;
 mod sockets;

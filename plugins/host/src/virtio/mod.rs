@@ -4,17 +4,18 @@
 //!
 //! Each device has one thread ([`worker`]), which owns its queues and makes every call but reads and writes of the configuration space; those come on the vCPU's
 //! thread. Calls into the instance are made under one lock. It is never held while a store works, while the transport is called, or while the thread sleeps; nothing that
-//! the plugin can call waits.
+//! the plugin can call waits, but for folders of the host: their file system is waited for on the device's thread, and meanwhile a read of that device's configuration space waits as well.
 //!
 //! | what | where |
 //! | --- | --- |
 //! | the thread, its rounds and batches | [`worker`] |
 //! | what it is woken by | [`inbox`] |
 //! | requests that are held, and what was done for them | [`table`] |
-//! | what the plugin's imports do | [`services`], [`sockets`] |
+//! | what the plugin's imports do | [`services`], [`sockets`], of folders [`folders`] |
 //! | saving, restarts, giving up | [`keeper`] |
 //! | the two sorts of instance | [`wasm`], [`native`] |
 
+mod folders;
 mod inbox;
 mod instance;
 mod keeper;
@@ -57,7 +58,7 @@ use crate::supervise::Status;
 pub use keeper::VirtioUse;
 pub(crate) use wasm::VirtioState;
 
-/// The most queues, timers, channels, stores, ports and sockets that a device may ask for.
+/// The most queues, timers, channels, stores, ports, sockets and folders that a device may ask for.
 const MOST: [usize; 6] = [256, 64, 64, 16, 16, 16];
 
 /// The parts of a machine that a virtio device is attached to, and what it may be given by name.
@@ -73,6 +74,8 @@ pub struct VirtioParts {
     pub ports: Vec<(String, Arc<dyn NetworkPort>)>,
     /// Sockets, by the names by which devices ask for them, such as `vsock`. Each is one device's.
     pub sockets: Vec<(String, Arc<UnixSocket>)>,
+    /// Folders of the host, by the names by which devices ask for them, such as `share`.
+    pub folders: Vec<(String, Arc<tenon_folder::Root>)>,
 }
 
 /// A plugin's virtio device in a machine. A transport drives it by [`QueueDevice`]. Dropping it ends it as [`QueueDevice::stop`] does.
@@ -165,6 +168,14 @@ impl VirtioDevice {
         let sockets = choose(&description.sockets, &parts.sockets).map_err(|wanted| {
             missing("socket", wanted, parts.sockets.iter().map(|(name, _)| name).collect())
         })?;
+        let folders = choose(&description.folders, &parts.folders).map_err(|wanted| {
+            missing("folder", wanted, parts.folders.iter().map(|(name, _)| name).collect())
+        })?;
+        let folders = folders
+            .iter()
+            .map(tenon_folder::Folder::new)
+            .collect::<Result<_, _>>()
+            .map_err(|error| AttachError::Folder { device: device(), error })?;
         let tell = |news, index: u32| {
             let inbox = Arc::downgrade(&inbox);
             move || {
@@ -205,7 +216,7 @@ impl VirtioDevice {
         }
         if let Some(services) = instance.services() {
             services.base.grant(Vec::new(), timers, channels.clone());
-            services.grant(stores.clone(), ports, sockets);
+            services.grant(stores.clone(), ports, sockets, folders);
         }
         let profile = QueueProfile {
             device_type: description.device_type,
@@ -344,10 +355,21 @@ fn choose<'w, T: Clone>(wanted: &'w [String], given: &[(String, T)]) -> Result<V
 
 fn check(device: &str, description: &VirtioDescription) -> Result<(), AttachError> {
     let wrong = |what: String| Err(AttachError::Description { device: device.to_owned(), what });
-    let VirtioDescription { features, queues, config_size, timers, channels, stores, ports, sockets, .. } =
-        description;
+    let VirtioDescription {
+        features,
+        queues,
+        config_size,
+        timers,
+        channels,
+        stores,
+        ports,
+        sockets,
+        folders,
+        ..
+    } = description;
     let timers = usize::try_from(*timers).unwrap_or(usize::MAX);
-    let counts = [queues.len(), timers, channels.len(), stores.len(), ports.len(), sockets.len()];
+    let counts =
+        [queues.len(), timers, channels.len(), stores.len(), ports.len(), sockets.len(), folders.len()];
     for ((count, most), what) in counts.into_iter().zip(MOST).zip([
         "queues",
         "timers",
@@ -355,6 +377,7 @@ fn check(device: &str, description: &VirtioDescription) -> Result<(), AttachErro
         "stores",
         "network ports",
         "sockets",
+        "folders",
     ]) {
         if count > most {
             return wrong(format!("it asks for {count} {what}; a device gets at most {most}"));
@@ -382,13 +405,19 @@ fn check(device: &str, description: &VirtioDescription) -> Result<(), AttachErro
     if *config_size > 4096 {
         return wrong(format!("its configuration space has {config_size} bytes; at most 4096 are possible"));
     }
-    let names =
-        queues.iter().map(|queue| &queue.name).chain(channels).chain(stores).chain(ports).chain(sockets);
+    let names = queues
+        .iter()
+        .map(|queue| &queue.name)
+        .chain(channels)
+        .chain(stores)
+        .chain(ports)
+        .chain(sockets)
+        .chain(folders);
     if let Some(name) =
         names.into_iter().find(|name| name.is_empty() || name.len() > 64 || name.contains(char::is_control))
     {
         return wrong(format!(
-            "`{}` is no name for a queue, channel, store, port or socket",
+            "`{}` is no name for a queue, channel, store, port, socket or folder",
             name.escape_debug()
         ));
     }

@@ -109,12 +109,13 @@ impl VirtioInstance for NativeVirtio {
     }
 
     fn start(&mut self) -> Answer<()> {
-        let [timers, channels, stores, ports, sockets] =
-            self.services().map_or([0; 5], |services| services.counts());
+        let [timers, channels, stores, ports, sockets, folders] =
+            self.services().map_or([0; 6], |services| services.counts());
         let sink = self.sink();
         // SAFETY: as in `describe`.
-        let status =
-            unsafe { (self.table.start)(self.instance, timers, channels, stores, ports, sockets, sink) };
+        let status = unsafe {
+            (self.table.start)(self.instance, timers, channels, stores, ports, sockets, folders, sink)
+        };
         self.answer(status, |_| Ok(()))
     }
 
@@ -635,6 +636,31 @@ static VIRTIO_HOST: VirtioHost = VirtioHost {
             unsafe { with(context, |services| Ok(services.memory_size())) }
         }
         size
+    },
+    folder_act: {
+        unsafe extern "C" fn act(
+            context: *mut c_void,
+            folder: u32,
+            request: Handle,
+            action: Bytes<'_>,
+            output: Sink,
+        ) -> u32 {
+            // SAFETY: as in `log_log`; the sink came in this call.
+            unsafe {
+                with(context, |services| {
+                    let action = wire::decode_folder_action(action.as_slice())
+                        .map_err(|error| Misuse(error.to_string()))?;
+                    Ok(match services.folder_act(folder, request.0, action)? {
+                        Ok(outcome) => {
+                            output.put(&wire::encode_folder_outcome(&outcome));
+                            0
+                        }
+                        Err(error) => error.0,
+                    })
+                })
+            }
+        }
+        act
     },
     panicked: {
         unsafe extern "C" fn panicked(context: *mut c_void, message: Bytes<'_>) {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use tenon_abi::{OperationDone, RequestOperation, RequestRecord, StoreInfo};
 use tenon_core::{Buffers, FRAME_HEADER, GuestRequest, NetworkPort, Offloads, PortInfo, Ram};
+use tenon_folder::Folder;
 
 use super::inbox::{Inbox, News, Outcome};
 use super::pages;
@@ -59,6 +60,7 @@ pub(crate) struct VirtioServices {
     stores: Vec<Arc<Store>>,
     ports: Vec<Arc<dyn NetworkPort>>,
     pub(super) sockets: Vec<Arc<UnixSocket>>,
+    pub(super) folders: Vec<Folder>,
     ram: Arc<Ram>,
     inbox: Arc<Inbox>,
     completed: Arc<dyn Completed>,
@@ -85,6 +87,7 @@ impl VirtioServices {
             stores: Vec::new(),
             ports: Vec::new(),
             sockets: Vec::new(),
+            folders: Vec::new(),
             ram,
             completed: inbox.clone(),
             inbox,
@@ -105,16 +108,24 @@ impl VirtioServices {
         stores: Vec<Arc<Store>>,
         ports: Vec<Arc<dyn NetworkPort>>,
         sockets: Vec<Arc<UnixSocket>>,
+        folders: Vec<Folder>,
     ) {
         self.outbox.operations = stores.iter().map(|_| Vec::new()).collect();
-        (self.stores, self.ports, self.sockets) = (stores, ports, sockets);
+        (self.stores, self.ports, self.sockets, self.folders) = (stores, ports, sockets, folders);
     }
 
-    /// How many timers, channels, stores, ports and sockets there are.
-    pub(super) fn counts(&self) -> [u32; 5] {
+    /// How many timers, channels, stores, ports, sockets and folders there are.
+    pub(super) fn counts(&self) -> [u32; 6] {
         let [_, timers, channels] = self.base.counts();
         let count = |n| u32::try_from(n).unwrap_or(u32::MAX);
-        [timers, channels, count(self.stores.len()), count(self.ports.len()), count(self.sockets.len())]
+        [
+            timers,
+            channels,
+            count(self.stores.len()),
+            count(self.ports.len()),
+            count(self.sockets.len()),
+            count(self.folders.len()),
+        ]
     }
 
     /// Keeps a misdeed of native code until its call has returned.
@@ -253,6 +264,7 @@ impl VirtioServices {
         self.ended.clear();
         self.outbox.answers.clear();
         self.outbox.operations.iter_mut().for_each(Vec::clear);
+        self.folders.iter_mut().for_each(Folder::clear);
     }
 
     // Imports: requests.

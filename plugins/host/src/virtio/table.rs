@@ -3,12 +3,12 @@
 //! # Repeating
 //!
 //! A new instance is given every unfinished request again, and does again what the old one did. So each request keeps the effects that were had on its behalf, in order:
-//! operations on stores, bytes moved to and from channels. An effect that is had again is answered with what the first one came to, and is not had twice; an
+//! operations on stores, bytes moved to and from channels, actions in folders. An effect that is had again is answered with what the first one came to, and is not had twice; an
 //! operation that is still under way becomes the new instance's. An instance that does something else than the old one drops what is left of the effects; an operation that is then
 //! still under way must end before the next one begins, or before the request is answered, since it touches the same memory.
 
 use smallvec::SmallVec;
-use tenon_abi::StoreError;
+use tenon_abi::{Errno, FolderAction, FolderOutcome, StoreError};
 use tenon_core::{Buffers, GuestRequest};
 
 use crate::fault::Misuse;
@@ -16,6 +16,8 @@ use crate::store::OperationKind;
 
 /// The most effects that are kept for one request.
 const EFFECTS: usize = 256;
+/// The most actions in folders for one request: all of them are kept.
+const ACTIONS: usize = 16;
 
 /// An operation on a store, for a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +50,14 @@ pub(crate) struct Transfer {
 enum Effect {
     Store { operation: StoreOperation, success: SmallVec<[u8; 8]>, progress: Progress },
     Moved { transfer: Transfer, count: u32 },
+    Acted(Box<Acted>),
+}
+
+/// What was done in a folder, and what it came to.
+pub(crate) struct Acted {
+    pub(crate) folder: u32,
+    pub(crate) action: FolderAction,
+    pub(crate) outcome: Result<FolderOutcome, Errno>,
 }
 
 /// What is to be done about an operation.
@@ -139,6 +149,37 @@ impl Held {
             self.effects.push(Effect::Moved { transfer, count });
             self.cursor = self.effects.len();
         }
+    }
+
+    /// What an action came to when it was done before, if it was.
+    pub(crate) fn acted_before(
+        &mut self,
+        folder: u32,
+        action: &FolderAction,
+        divergences: &mut u64,
+    ) -> Result<Option<Result<FolderOutcome, Errno>>, Misuse> {
+        if let Some(Effect::Acted(old)) = self.effects.get(self.cursor)
+            && old.folder == folder
+            && old.action == *action
+        {
+            self.cursor += 1;
+            return Ok(Some(old.outcome.clone()));
+        }
+        self.diverge(divergences);
+        let actions = self.effects.iter().filter(|effect| matches!(effect, Effect::Acted(_))).count();
+        if actions >= ACTIONS {
+            return Err(Misuse(format!(
+                "it did more than {ACTIONS} things in folders for request {}",
+                self.handle
+            )));
+        }
+        Ok(None)
+    }
+
+    /// Keeps what an action came to.
+    pub(crate) fn acted(&mut self, acted: Acted) {
+        self.effects.push(Effect::Acted(Box::new(acted)));
+        self.cursor = self.effects.len();
     }
 
     /// The instance does something new: what is left of the old effects is dropped.

@@ -301,6 +301,7 @@ impl Bench {
             stores: vec![("disk".into(), store.clone())],
             ports: Vec::new(),
             sockets: Vec::new(),
+            folders: Vec::new(),
         };
         let device =
             VirtioDevice::attach(Box::new(Disks(script.clone())), None, "disk0", Vec::new(), &parts).unwrap();
@@ -598,6 +599,7 @@ fn a_store_that_changes_is_told_and_one_that_is_missing_is_named() {
         stores: vec![("tape".into(), bench.store.clone())],
         ports: Vec::new(),
         sockets: Vec::new(),
+        folders: Vec::new(),
     };
     let error = VirtioDevice::attach(Box::new(Disks(Arc::default())), None, "disk1", Vec::new(), &parts)
         .err()

@@ -9,6 +9,7 @@ use tenon_abi::{OperationDone, RequestOperation, SavedState, VirtioDescription};
 use wasmtime::Store;
 use wasmtime::component::Resource;
 
+use super::folders::{from_action, to_outcome};
 use super::instance::{Entry, VirtioInstance, host_calls};
 use super::services::VirtioServices;
 use crate::bindings::virtio::exports::tenon::device::virtio_device as export;
@@ -33,6 +34,14 @@ pub(crate) struct VirtioState {
 }
 
 impl VirtioState {
+    /// Counts one host call, whose time does not count.
+    fn outside<T>(&mut self, act: impl FnOnce(&mut VirtioServices) -> T) -> wasmtime::Result<T> {
+        let left = self.allowance.leave();
+        let result = act(self.services()?);
+        self.allowance.back(left);
+        Ok(result)
+    }
+
     /// Counts one host call.
     #[inline]
     fn services(&mut self) -> wasmtime::Result<&mut VirtioServices> {
@@ -183,19 +192,21 @@ impl VirtioInstance for WasmVirtio {
             stores: d.stores,
             ports: d.ports,
             sockets: d.sockets,
+            folders: d.folders,
         };
         Ok(self.answer(result)?.map(description))
     }
 
     fn start(&mut self) -> Answer<()> {
-        let [timers, channels, stores, ports, sockets] =
-            self.services().map_or([0; 5], |services| services.counts());
+        let [timers, channels, stores, ports, sockets, folders] =
+            self.services().map_or([0; 6], |services| services.counts());
         let attachment = export::VirtioAttachment {
             timers: (0..timers).map(Resource::new_own).collect(),
             channels: (0..channels).map(Resource::new_own).collect(),
             stores: (0..stores).map(Resource::new_own).collect(),
             ports: (0..ports).map(Resource::new_own).collect(),
             sockets: (0..sockets).map(Resource::new_own).collect(),
+            folders: (0..folders).map(Resource::new_own).collect(),
         };
         self.begin(0);
         let result = self.bindings.tenon_device_virtio_device().call_start(&mut self.store, &attachment);
@@ -546,5 +557,26 @@ impl import::guest_pages::Host for VirtioState {
 
     fn memory_size(&mut self) -> wasmtime::Result<u64> {
         Ok(self.services()?.memory_size())
+    }
+}
+
+type Folder = Resource<import::folders::Folder>;
+
+impl import::folders::Host for VirtioState {}
+
+impl import::folders::HostFolder for VirtioState {
+    fn act(
+        &mut self,
+        folder: Folder,
+        request: u32,
+        action: import::folders::Action,
+    ) -> wasmtime::Result<Result<import::folders::Outcome, u32>> {
+        let action = from_action(action);
+        let outcome = self.outside(|services| services.folder_act(folder.rep(), request, action))??;
+        Ok(outcome.map(to_outcome).map_err(|error| error.0))
+    }
+
+    fn drop(&mut self, _: Folder) -> wasmtime::Result<()> {
+        Ok(())
     }
 }

@@ -5,6 +5,7 @@
 
 mod cache;
 mod devices;
+mod folders;
 mod guests;
 mod loading;
 mod machine;

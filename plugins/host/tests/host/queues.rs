@@ -39,6 +39,7 @@ impl Bench {
             stores: vec![("disk".into(), store.clone())],
             ports: vec![("net".into(), port.clone() as Arc<dyn NetworkPort>)],
             sockets: Vec::new(),
+            folders: Vec::new(),
         };
         let device = queues(native).attach_virtio("queues0", &[], &parts).unwrap();
         let mut driver = Driver::new(&ram);
@@ -91,6 +92,7 @@ fn sixty_four_requests_are_one_call_into_the_component() {
         stores: vec![("disk".into(), store)],
         ports: vec![("net".into(), Arc::new(Port::default()) as Arc<dyn NetworkPort>)],
         sockets: Vec::new(),
+        folders: Vec::new(),
     };
     let device = queues(false).attach_virtio("queues1", &[], &parts).unwrap();
     let mut driver = Driver::new(&ram);
@@ -245,6 +247,7 @@ fn each_sort_of_device_is_attached_its_own_way() {
         stores: Vec::new(),
         ports: Vec::new(),
         sockets: Vec::new(),
+        folders: Vec::new(),
     };
     let error = misdeed().attach_virtio("m", &[], &parts).err().unwrap();
     assert!(matches!(error, AttachError::OtherDevice { .. }), "{error}");

@@ -33,6 +33,7 @@ impl Bench {
             stores: Vec::new(),
             ports: Vec::new(),
             sockets: vec![("vsock".into(), UnixSocket::open(&folder.path().join("vm")).unwrap())],
+            folders: Vec::new(),
         };
         let device = streams(native).attach_virtio("streams0", &[], &parts).unwrap();
         let mut driver = Driver::new(&ram);

@@ -4,6 +4,8 @@
 use std::cell::RefCell;
 use std::thread::LocalKey;
 
+mod folder;
+
 use self::bindings::exports::tenon::device::virtio_device as exports;
 use self::bindings::tenon::device as imports;
 use super::{
@@ -11,6 +13,7 @@ use super::{
     SavedState, Sent, StoreError, StoreInfo, StreamState, VirtioDescription, VirtioDevice,
 };
 use crate::device::component as device;
+pub(super) use folder::Folder;
 
 /// What `wit-bindgen` makes of the contract. It is kept as a file, so that a plugin's build need not make it; a test says when it is out of date.
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, clippy::restriction, reason = "generated code")]
@@ -229,13 +232,14 @@ impl<E: Exported> exports::Guest for E {
         let Some(config) = config else {
             return Err(exports::ErrorCode::Other("`start` was called before `describe`".into()));
         };
-        let exports::VirtioAttachment { timers, channels, stores, ports, sockets } = attachment;
+        let exports::VirtioAttachment { timers, channels, stores, ports, sockets, folders } = attachment;
         let attachment = super::Attachment {
             timers: all(timers, |timer| super::Timer(device::Timer(timer))),
             channels: all(channels, |channel| super::Channel(device::Channel(channel))),
             stores: all(stores, |store| super::Store(Store(store))),
             ports: all(ports, |port| super::Port(Port(port))),
             sockets: all(sockets, |socket| super::Socket(Socket(socket))),
+            folders: all(folders, |folder| super::Folder(Folder(folder))),
         };
         let device = E::Device::start(&config, attachment)?;
         E::slot().with_borrow_mut(|slot| slot.device = Some(device));
@@ -349,6 +353,7 @@ impl From<VirtioDescription> for exports::VirtioDescription {
             stores,
             ports,
             sockets,
+            folders,
         } = description;
         let queue = |queue: super::Queue| imports::virtio_types::Queue {
             name: queue.name,
@@ -365,6 +370,7 @@ impl From<VirtioDescription> for exports::VirtioDescription {
             stores,
             ports,
             sockets,
+            folders,
         }
     }
 }

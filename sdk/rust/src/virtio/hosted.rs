@@ -3,10 +3,13 @@
 
 use std::cell::Cell;
 
-use super::{Answer, Handle, Offloads, PortInfo, RequestOperation, Sent, StoreInfo, StreamState};
+use super::{
+    Answer, Errno, FolderAction, FolderOutcome, Handle, Offloads, PortInfo, RequestOperation, Sent,
+    StoreInfo, StreamState,
+};
 use crate::device::hosted as device;
 
-/// The host of a virtio device that runs in this process: a test bench, or the other side of the native tables. Timers, channels, stores, ports and sockets are named by their
+/// The host of a virtio device that runs in this process: a test bench, or the other side of the native tables. Timers, channels, stores, ports, sockets and folders are named by their
 /// index in the device's description. Functions are called during calls into the device, on the thread of that call. What each of them does is
 /// written at the function of [`crate::virtio`] that has its name. A virtio device has no lines and asks nothing of the machine.
 pub trait Host: device::Host {
@@ -60,6 +63,12 @@ pub trait Host: device::Host {
     fn release_own(&self, request: Handle) -> u32;
     /// The guest's memory in bytes.
     fn memory_size(&self) -> u64;
+    /// Does something in a folder of the host on behalf of a request.
+    ///
+    /// # Errors
+    /// It cannot be done.
+    fn folder_act(&self, folder: u32, request: Handle, action: &FolderAction)
+    -> Result<FolderOutcome, Errno>;
 }
 
 thread_local! {
@@ -204,9 +213,24 @@ impl Socket {
     }
 }
 
-/// The handles of a device that was granted so many timers, channels, stores, ports and sockets.
+pub(super) struct Folder(u32);
+
+impl Folder {
+    pub(super) fn act(&self, request: Handle, action: FolderAction) -> Result<FolderOutcome, Errno> {
+        host(|host| host.folder_act(self.0, request, &action))
+    }
+}
+
+/// The handles of a device that was granted so many timers, channels, stores, ports, sockets and folders.
 #[must_use]
-pub fn attachment(timers: u32, channels: u32, stores: u32, ports: u32, sockets: u32) -> super::Attachment {
+pub fn attachment(
+    timers: u32,
+    channels: u32,
+    stores: u32,
+    ports: u32,
+    sockets: u32,
+    folders: u32,
+) -> super::Attachment {
     fn all<T>(count: u32, make: impl Fn(u32) -> T) -> std::vec::IntoIter<T> {
         (0..count).map(make).collect::<Vec<_>>().into_iter()
     }
@@ -216,5 +240,6 @@ pub fn attachment(timers: u32, channels: u32, stores: u32, ports: u32, sockets: 
         stores: all(stores, |n| super::Store(Store(n))),
         ports: all(ports, |n| super::Port(Port(n))),
         sockets: all(sockets, |n| super::Socket(Socket(n))),
+        folders: all(folders, |n| super::Folder(Folder(n))),
     }
 }

@@ -156,6 +156,7 @@ unsafe extern "C" fn start<D: VirtioDevice>(
     stores: u32,
     ports: u32,
     sockets: u32,
+    folders: u32,
     output: Sink,
 ) -> Status {
     // SAFETY: see above.
@@ -166,7 +167,7 @@ unsafe extern "C" fn start<D: VirtioDevice>(
                 .take()
                 .ok_or_else(|| Error::Other("`start` was called before `describe`".into()))
                 .and_then(|config| {
-                    D::start(&config, hosted::attachment(timers, channels, stores, ports, sockets))
+                    D::start(&config, hosted::attachment(timers, channels, stores, ports, sockets, folders))
                 })
                 .map(|device| {
                     instance.device = Some(device);

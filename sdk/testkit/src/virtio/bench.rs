@@ -5,6 +5,7 @@
 //! Long for what a driver can do: each way is short.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use tenon_sdk::virtio::{
     self, Batch, Config, Level, Offloads, PortInfo, Result, SavedState, VirtioDescription, VirtioDevice,
@@ -12,6 +13,7 @@ use tenon_sdk::virtio::{
 };
 
 use super::ends::{PortEnd, VirtioChannelEnd};
+use super::folders::FolderEnd;
 use super::outside::{Answered, Held, Ticket, VirtioOutside};
 use super::sockets::SocketEnd;
 use crate::bench::ones;
@@ -20,11 +22,13 @@ use crate::memory::MemoryStore;
 /// The most requests that a device is given at once.
 pub(super) const BATCH: usize = 256;
 
-/// What a virtio device finds outside, where that is not what every bench has: stores of 16 MiB, ports whose link is up with all offloads, and 256 MiB of guest memory.
+/// What a virtio device finds outside, where that is not what every bench has: stores of 16 MiB, ports whose link is up with all offloads, empty folders that are there as long as the
+/// bench, and 256 MiB of guest memory.
 #[derive(Clone, Debug, Default)]
 pub struct VirtioSetup {
     stores: BTreeMap<String, MemoryStore>,
     ports: BTreeMap<String, PortInfo>,
+    folders: BTreeMap<String, (PathBuf, bool)>,
     memory: Option<u64>,
 }
 
@@ -49,6 +53,13 @@ impl VirtioSetup {
         self
     }
 
+    /// The folder of this name: one of the host that runs the test, read-only or not.
+    #[must_use]
+    pub fn folder(mut self, name: &str, path: &Path, read_only: bool) -> Self {
+        self.folders.insert(name.to_owned(), (path.to_owned(), read_only));
+        self
+    }
+
     /// The guest's memory in bytes.
     #[must_use]
     pub fn memory(mut self, bytes: u64) -> Self {
@@ -65,7 +76,12 @@ impl VirtioSetup {
         let port = |name: &String| self.ports.get(name).copied().unwrap_or(usual);
         let stores = description.stores.iter().map(store).collect();
         let ports = description.ports.iter().map(port).collect();
-        VirtioOutside::new(description, stores, ports, self.memory.unwrap_or(256 << 20))
+        let folder = |name: &String| match self.folders.get(name) {
+            Some((path, read_only)) => FolderEnd::new(path, *read_only),
+            None => FolderEnd::empty(),
+        };
+        let folders = description.folders.iter().map(folder).collect();
+        VirtioOutside::new(description, stores, ports, folders, self.memory.unwrap_or(256 << 20))
     }
 }
 
@@ -332,6 +348,24 @@ impl<D: VirtioDevice> VirtioBench<D> {
         PortEnd::new(self, index)
     }
 
+    /// Where a folder of the device is.
+    ///
+    /// # Panics
+    /// The device has no folder of this name.
+    #[must_use]
+    pub fn folder(&self, name: &str) -> PathBuf {
+        self.outside.folders[index(&self.description.folders, name, "folder")].path().to_owned()
+    }
+
+    /// How many nodes the device knows in a folder, and how many files it has open.
+    ///
+    /// # Panics
+    /// The device has no folder of this name.
+    #[must_use]
+    pub fn folder_counts(&self, name: &str) -> (usize, usize) {
+        self.outside.folders[index(&self.description.folders, name, "folder")].counts()
+    }
+
     /// The far end of a channel.
     ///
     /// # Panics
@@ -402,6 +436,7 @@ impl<D: VirtioDevice> VirtioBench<D> {
         for store in self.outside.stores.get_mut() {
             store.begun.clear();
         }
+        self.outside.folders.iter().for_each(FolderEnd::clear);
         self.outside.needs_reset.set(false);
         self.active = None;
         self.call(VirtioDevice::reset);
@@ -585,9 +620,15 @@ fn start<D: VirtioDevice>(
     outside: &VirtioOutside,
 ) -> Result<D> {
     let count = |names: &[String]| number(names.len());
-    let VirtioDescription { timers, channels, stores, ports, sockets, .. } = description;
-    let attachment =
-        hosted::attachment(*timers, count(channels), count(stores), count(ports), count(sockets));
+    let VirtioDescription { timers, channels, stores, ports, sockets, folders, .. } = description;
+    let attachment = hosted::attachment(
+        *timers,
+        count(channels),
+        count(stores),
+        count(ports),
+        count(sockets),
+        count(folders),
+    );
     hosted::enter(outside, || D::start(config, attachment))
 }
 

@@ -11,10 +11,11 @@ use tenon_sdk::device;
 use tenon_sdk::store::Operation;
 use tenon_sdk::virtio::hosted::Host;
 use tenon_sdk::virtio::{
-    Answer, Handle, Level, Offloads, OperationDone, PortInfo, RequestOperation, RequestRecord, Sent,
-    StoreError, StoreInfo, StreamState, VirtioDescription,
+    Answer, Errno, FolderAction, FolderOutcome, Handle, Level, Offloads, OperationDone, PortInfo,
+    RequestOperation, RequestRecord, Sent, StoreError, StoreInfo, StreamState, VirtioDescription,
 };
 
+use super::folders::FolderEnd;
 use super::sockets::SocketState;
 use crate::memory::MemoryStore;
 use crate::outside::Outside;
@@ -92,6 +93,7 @@ pub(super) struct VirtioOutside {
     pub(super) stores: RefCell<Vec<StoreEnd>>,
     pub(super) ports: RefCell<Vec<PortState>>,
     pub(super) sockets: RefCell<Vec<SocketState>>,
+    pub(super) folders: Vec<FolderEnd>,
     random: RefCell<Random>,
     pub(super) config_changes: Cell<u64>,
     pub(super) needs_reset: Cell<bool>,
@@ -106,6 +108,7 @@ impl VirtioOutside {
         description: &VirtioDescription,
         stores: Vec<MemoryStore>,
         ports: Vec<PortInfo>,
+        folders: Vec<FolderEnd>,
         memory: u64,
     ) -> Self {
         let base = device::Description {
@@ -129,6 +132,7 @@ impl VirtioOutside {
             stores: RefCell::new(stores.into_iter().map(store).collect()),
             ports: RefCell::new(ports.into_iter().map(port).collect()),
             sockets: RefCell::new(vec![SocketState::default(); description.sockets.len()]),
+            folders,
             random: RefCell::new(Random::new(0x7e17)),
             config_changes: Cell::new(0),
             needs_reset: Cell::new(false),
@@ -526,5 +530,19 @@ impl Host for VirtioOutside {
 
     fn memory_size(&self) -> u64 {
         self.memory
+    }
+
+    fn folder_act(
+        &self,
+        folder: u32,
+        request: Handle,
+        action: &FolderAction,
+    ) -> Result<FolderOutcome, Errno> {
+        let Some(end) = self.folders.get(folder as usize) else {
+            panic!("the device uses folder number {folder}, which it did not ask for");
+        };
+        self.with(request, "works in a folder for", |held| {
+            end.act(action, &held.readable, &mut held.writable)
+        })
     }
 }

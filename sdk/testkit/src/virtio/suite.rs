@@ -217,12 +217,13 @@ fn describes(about: &VirtioDescription) -> Result<(), String> {
             return Err(format!("queue `{name}` asks for heads of {head} bytes; 256 at most"));
         }
     }
-    let names: [(&str, Vec<&String>); 5] = [
+    let names: [(&str, Vec<&String>); 6] = [
         ("queue", about.queues.iter().map(|queue| &queue.name).collect()),
         ("channel", about.channels.iter().collect()),
         ("store", about.stores.iter().collect()),
         ("port", about.ports.iter().collect()),
         ("socket", about.sockets.iter().collect()),
+        ("folder", about.folders.iter().collect()),
     ];
     for (what, mut names) in names {
         names.sort();

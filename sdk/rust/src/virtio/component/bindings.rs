@@ -1394,6 +1394,1729 @@ pub mod tenon {
                 }
             }
         }
+        /// Permission: work in the folders of the host that an administrator shares with the guest.
+        ///
+        /// The device names files by numbers of the host's and single names, never by paths, and the host sees to it that nothing outside the folder is reached: it follows no link, crosses
+        /// no mount point, and opens nothing but regular files and folders. What is shared read-only is the host's to refuse (`EROFS`). Everything is done on the instance's worker thread while the device waits;
+        /// that time does not count against its deadline. Data moves between a request and a file without passing through the device.
+        ///
+        /// Every action is on behalf of a request that the device holds, and an action that a new instance asks for again is answered with what it came to the first time. So nothing is done
+        /// twice, and no count is lost. Nodes and open files are kept by the host: a new instance goes on with the numbers of the old one. They end when the driver resets the device.
+        ///
+        /// An error is a number of Linux (errno(3)), such as 2 (`ENOENT`).
+        #[allow(dead_code, async_fn_in_trait, unused_imports, clippy::all)]
+        pub mod folders {
+            #[used]
+            #[doc(hidden)]
+            static __FORCE_SECTION_REF: fn() = super::super::super::__link_custom_section_describing_imports;
+            use super::super::super::_rt;
+            /// A file, folder or link of which the device was told. 1 is the shared folder itself; other numbers come with an `entry` and are not given again. A device knows at most
+            /// 262144 nodes (`ENFILE`). One that is not known, or can no longer be found, gives `ESTALE`.
+            pub type Node = u64;
+            /// A file or folder that is open: at most 4096 at a time (`ENFILE`). One that is not open, or not open for what is asked, gives `EBADF`.
+            pub type OpenFile = u32;
+            /// A time since 1970-01-01 00:00:00 UTC.
+            #[repr(C)]
+            #[derive(Clone, Copy)]
+            pub struct FileTime {
+                /// Whole seconds.
+                pub seconds: i64,
+                /// Nanoseconds after it, under 1 000 000 000.
+                pub nanoseconds: u32,
+            }
+            impl ::core::fmt::Debug for FileTime {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    f.debug_struct("FileTime")
+                        .field("seconds", &self.seconds)
+                        .field("nanoseconds", &self.nanoseconds)
+                        .finish()
+                }
+            }
+            /// What a file is (stat(2)).
+            #[repr(C)]
+            #[derive(Clone, Copy)]
+            pub struct Attributes {
+                /// The number of the file in its file system.
+                pub inode: u64,
+                /// The length in bytes.
+                pub size: u64,
+                /// The space that it takes, in 512 bytes.
+                pub blocks: u64,
+                /// The size in which reads and writes are cheap, in bytes.
+                pub block_size: u32,
+                /// The type and the permission bits.
+                pub mode: u32,
+                /// How many names it has.
+                pub links: u32,
+                /// The owner.
+                pub uid: u32,
+                /// The group.
+                pub gid: u32,
+                /// Of a device node: its number, as Linux encodes it in 32 bits.
+                pub device: u32,
+                /// When it was last read.
+                pub accessed: FileTime,
+                /// When its content last changed.
+                pub modified: FileTime,
+                /// When it last changed.
+                pub changed: FileTime,
+            }
+            impl ::core::fmt::Debug for Attributes {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    f.debug_struct("Attributes")
+                        .field("inode", &self.inode)
+                        .field("size", &self.size)
+                        .field("blocks", &self.blocks)
+                        .field("block-size", &self.block_size)
+                        .field("mode", &self.mode)
+                        .field("links", &self.links)
+                        .field("uid", &self.uid)
+                        .field("gid", &self.gid)
+                        .field("device", &self.device)
+                        .field("accessed", &self.accessed)
+                        .field("modified", &self.modified)
+                        .field("changed", &self.changed)
+                        .finish()
+                }
+            }
+            /// A node of which the device is told. The host counts how often it tells of each, until `forget` has taken as much away.
+            #[repr(C)]
+            #[derive(Clone, Copy)]
+            pub struct Entry {
+                /// The node.
+                pub node: Node,
+                /// What it is.
+                pub attributes: Attributes,
+            }
+            impl ::core::fmt::Debug for Entry {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    f.debug_struct("Entry")
+                        .field("node", &self.node)
+                        .field("attributes", &self.attributes)
+                        .finish()
+                }
+            }
+            /// One name in a folder.
+            #[derive(Clone)]
+            pub struct Item {
+                /// Where a list goes on behind it.
+                pub next: u64,
+                /// The number of the file in its file system.
+                pub inode: u64,
+                /// The type, as in the highest four of the sixteen bits of a mode; 0 if the file system does not say.
+                pub kind: u8,
+                /// The name.
+                pub name: _rt::Vec<u8>,
+                /// What it names, where that was asked for and could be told.
+                pub entry: ::core::option::Option<Entry>,
+            }
+            impl ::core::fmt::Debug for Item {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    f.debug_struct("Item")
+                        .field("next", &self.next)
+                        .field("inode", &self.inode)
+                        .field("kind", &self.kind)
+                        .field("name", &self.name)
+                        .field("entry", &self.entry)
+                        .finish()
+                }
+            }
+            /// A name in a folder.
+            #[derive(Clone)]
+            pub struct Place {
+                /// The folder.
+                pub folder: Node,
+                /// The name: 1 to 255 bytes without `/` and NUL, and neither `.` nor `..` (`EINVAL`).
+                pub name: _rt::Vec<u8>,
+            }
+            impl ::core::fmt::Debug for Place {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    f.debug_struct("Place")
+                        .field("folder", &self.folder)
+                        .field("name", &self.name)
+                        .finish()
+                }
+            }
+            /// Something new. Its owner is the host's process, or if that is root the one that is named here.
+            #[derive(Clone)]
+            pub struct NewFile {
+                /// Where.
+                pub place: Place,
+                /// The permission bits. Those by which a file runs as its owner or group are refused (`EPERM`).
+                pub mode: u32,
+                /// The owner.
+                pub uid: u32,
+                /// The group.
+                pub gid: u32,
+            }
+            impl ::core::fmt::Debug for NewFile {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    f.debug_struct("NewFile")
+                        .field("place", &self.place)
+                        .field("mode", &self.mode)
+                        .field("uid", &self.uid)
+                        .field("gid", &self.gid)
+                        .finish()
+                }
+            }
+            ::tenon_sdk::wit_bindgen::rt::bitflags::bitflags! {
+                #[doc = " What a file is opened for."] #[derive(PartialEq, Eq,
+                PartialOrd, Ord, Hash, Debug, Clone, Copy)] pub struct Access : u8 {
+                #[doc = " Reads."] const READ = 1 << 0; #[doc = " Writes."] const WRITE =
+                1 << 1; #[doc = " Writes go to the end of the file, wherever they say."]
+                const APPEND = 1 << 2; #[doc = " The file is made empty."] const TRUNCATE
+                = 1 << 3; #[doc = " A write has ended when it is durable."] const SYNC =
+                1 << 4; }
+            }
+            /// What a time becomes.
+            #[derive(Clone, Copy)]
+            pub enum NewTime {
+                /// The host's time.
+                Now,
+                /// This time.
+                At(FileTime),
+            }
+            impl ::core::fmt::Debug for NewTime {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    match self {
+                        NewTime::Now => f.debug_tuple("NewTime::Now").finish(),
+                        NewTime::At(e) => f.debug_tuple("NewTime::At").field(e).finish(),
+                    }
+                }
+            }
+            /// What is to change. Nothing where there is no value.
+            #[repr(C)]
+            #[derive(Clone, Copy)]
+            pub struct Changes {
+                /// The permission bits.
+                pub mode: ::core::option::Option<u32>,
+                /// The owner.
+                pub uid: ::core::option::Option<u32>,
+                /// The group.
+                pub gid: ::core::option::Option<u32>,
+                /// The length in bytes.
+                pub size: ::core::option::Option<u64>,
+                /// When it was last read.
+                pub accessed: ::core::option::Option<NewTime>,
+                /// When its content last changed.
+                pub modified: ::core::option::Option<NewTime>,
+            }
+            impl ::core::fmt::Debug for Changes {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    f.debug_struct("Changes")
+                        .field("mode", &self.mode)
+                        .field("uid", &self.uid)
+                        .field("gid", &self.gid)
+                        .field("size", &self.size)
+                        .field("accessed", &self.accessed)
+                        .field("modified", &self.modified)
+                        .finish()
+                }
+            }
+            /// What happens to what has the new name already.
+            #[repr(u8)]
+            #[derive(Clone, Copy, Eq, Ord, PartialEq, PartialOrd)]
+            pub enum RenameHow {
+                /// It is replaced.
+                Replace,
+                /// It stays, and nothing is renamed (`EEXIST`).
+                Keep,
+                /// It gets the old name.
+                Exchange,
+            }
+            impl ::core::fmt::Debug for RenameHow {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    match self {
+                        RenameHow::Replace => {
+                            f.debug_tuple("RenameHow::Replace").finish()
+                        }
+                        RenameHow::Keep => f.debug_tuple("RenameHow::Keep").finish(),
+                        RenameHow::Exchange => {
+                            f.debug_tuple("RenameHow::Exchange").finish()
+                        }
+                    }
+                }
+            }
+            impl RenameHow {
+                #[doc(hidden)]
+                pub unsafe fn _lift(val: u8) -> RenameHow {
+                    if !cfg!(debug_assertions) {
+                        return unsafe { ::core::mem::transmute(val) };
+                    }
+                    match val {
+                        0 => RenameHow::Replace,
+                        1 => RenameHow::Keep,
+                        2 => RenameHow::Exchange,
+                        _ => panic!("invalid enum discriminant"),
+                    }
+                }
+            }
+            /// What is done with a range of a file (fallocate(2)).
+            #[repr(u8)]
+            #[derive(Clone, Copy, Eq, Ord, PartialEq, PartialOrd)]
+            pub enum AllocateHow {
+                /// Gets space; the file becomes longer if it ends before.
+                Extend,
+                /// Gets space; the length stays.
+                Keep,
+                /// Gives the space back: it reads as zeroes, and the length stays.
+                Punch,
+                /// Becomes zeroes; the file becomes longer if it ends before.
+                Zero,
+                /// Becomes zeroes; the length stays.
+                ZeroKeep,
+            }
+            impl ::core::fmt::Debug for AllocateHow {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    match self {
+                        AllocateHow::Extend => {
+                            f.debug_tuple("AllocateHow::Extend").finish()
+                        }
+                        AllocateHow::Keep => f.debug_tuple("AllocateHow::Keep").finish(),
+                        AllocateHow::Punch => {
+                            f.debug_tuple("AllocateHow::Punch").finish()
+                        }
+                        AllocateHow::Zero => f.debug_tuple("AllocateHow::Zero").finish(),
+                        AllocateHow::ZeroKeep => {
+                            f.debug_tuple("AllocateHow::ZeroKeep").finish()
+                        }
+                    }
+                }
+            }
+            impl AllocateHow {
+                #[doc(hidden)]
+                pub unsafe fn _lift(val: u8) -> AllocateHow {
+                    if !cfg!(debug_assertions) {
+                        return unsafe { ::core::mem::transmute(val) };
+                    }
+                    match val {
+                        0 => AllocateHow::Extend,
+                        1 => AllocateHow::Keep,
+                        2 => AllocateHow::Punch,
+                        3 => AllocateHow::Zero,
+                        4 => AllocateHow::ZeroKeep,
+                        _ => panic!("invalid enum discriminant"),
+                    }
+                }
+            }
+            /// Data that moves between a request and a file.
+            #[repr(C)]
+            #[derive(Clone, Copy)]
+            pub struct FileRange {
+                /// The open file.
+                pub file: OpenFile,
+                /// The first byte in the request's part.
+                pub offset: u32,
+                /// The length in bytes.
+                pub length: u32,
+                /// The first byte in the file.
+                pub position: u64,
+            }
+            impl ::core::fmt::Debug for FileRange {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    f.debug_struct("FileRange")
+                        .field("file", &self.file)
+                        .field("offset", &self.offset)
+                        .field("length", &self.length)
+                        .field("position", &self.position)
+                        .finish()
+                }
+            }
+            /// A node, through an open file where there is one.
+            #[repr(C)]
+            #[derive(Clone, Copy)]
+            pub struct Subject {
+                /// The node.
+                pub node: Node,
+                /// The open file.
+                pub file: ::core::option::Option<OpenFile>,
+            }
+            impl ::core::fmt::Debug for Subject {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    f.debug_struct("Subject")
+                        .field("node", &self.node)
+                        .field("file", &self.file)
+                        .finish()
+                }
+            }
+            /// New attributes of a node.
+            #[repr(C)]
+            #[derive(Clone, Copy)]
+            pub struct Change {
+                /// What changes.
+                pub subject: Subject,
+                /// How.
+                pub changes: Changes,
+            }
+            impl ::core::fmt::Debug for Change {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    f.debug_struct("Change")
+                        .field("subject", &self.subject)
+                        .field("changes", &self.changes)
+                        .finish()
+                }
+            }
+            /// A new symbolic link.
+            #[derive(Clone)]
+            pub struct NewLink {
+                /// Where and whose. The permission bits say nothing.
+                pub new: NewFile,
+                /// What it points to: 1 to 4095 bytes without NUL.
+                pub target: _rt::Vec<u8>,
+            }
+            impl ::core::fmt::Debug for NewLink {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    f.debug_struct("NewLink")
+                        .field("new", &self.new)
+                        .field("target", &self.target)
+                        .finish()
+                }
+            }
+            /// Another name for a node that is no folder.
+            #[derive(Clone)]
+            pub struct AnotherName {
+                /// The node.
+                pub node: Node,
+                /// The name.
+                pub place: Place,
+            }
+            impl ::core::fmt::Debug for AnotherName {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    f.debug_struct("AnotherName")
+                        .field("node", &self.node)
+                        .field("place", &self.place)
+                        .finish()
+                }
+            }
+            /// Another place for a name.
+            #[derive(Clone)]
+            pub struct Renaming {
+                /// The old place.
+                pub source: Place,
+                /// The new place.
+                pub target: Place,
+                /// What happens to what has the new name already.
+                pub how: RenameHow,
+            }
+            impl ::core::fmt::Debug for Renaming {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    f.debug_struct("Renaming")
+                        .field("source", &self.source)
+                        .field("target", &self.target)
+                        .field("how", &self.how)
+                        .finish()
+                }
+            }
+            /// The opening of a node.
+            #[repr(C)]
+            #[derive(Clone, Copy)]
+            pub struct Opening {
+                /// The node.
+                pub node: Node,
+                /// What for.
+                pub access: Access,
+            }
+            impl ::core::fmt::Debug for Opening {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    f.debug_struct("Opening")
+                        .field("node", &self.node)
+                        .field("access", &self.access)
+                        .finish()
+                }
+            }
+            /// The making and opening of a file.
+            #[derive(Clone)]
+            pub struct Creation {
+                /// The file, if there is none of that name.
+                pub new: NewFile,
+                /// What it is opened for.
+                pub access: Access,
+                /// A file that is there is an error (`EEXIST`).
+                pub exclusive: bool,
+            }
+            impl ::core::fmt::Debug for Creation {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    f.debug_struct("Creation")
+                        .field("new", &self.new)
+                        .field("access", &self.access)
+                        .field("exclusive", &self.exclusive)
+                        .finish()
+                }
+            }
+            /// A part of the names in a folder.
+            #[repr(C)]
+            #[derive(Clone, Copy)]
+            pub struct Listing {
+                /// The open folder.
+                pub file: OpenFile,
+                /// 0, or `next` of an item of the same open folder.
+                pub position: u64,
+                /// How many bytes all of it may take, at most 128 KiB.
+                pub room: u32,
+                /// How many bytes a name takes besides its own length, at least 24; the sum of both is rounded up to a multiple of 8.
+                pub each: u32,
+                /// Whether each name is looked up.
+                pub entries: bool,
+            }
+            impl ::core::fmt::Debug for Listing {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    f.debug_struct("Listing")
+                        .field("file", &self.file)
+                        .field("position", &self.position)
+                        .field("room", &self.room)
+                        .field("each", &self.each)
+                        .field("entries", &self.entries)
+                        .finish()
+                }
+            }
+            /// What makes writes durable.
+            #[repr(C)]
+            #[derive(Clone, Copy)]
+            pub struct Syncing {
+                /// The open file or folder.
+                pub file: OpenFile,
+                /// Without times and what else is not needed to read the data.
+                pub data_only: bool,
+            }
+            impl ::core::fmt::Debug for Syncing {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    f.debug_struct("Syncing")
+                        .field("file", &self.file)
+                        .field("data-only", &self.data_only)
+                        .finish()
+                }
+            }
+            /// Space of a range.
+            #[repr(C)]
+            #[derive(Clone, Copy)]
+            pub struct Allocation {
+                /// The open file.
+                pub file: OpenFile,
+                /// What is done.
+                pub how: AllocateHow,
+                /// The first byte.
+                pub position: u64,
+                /// The length in bytes.
+                pub length: u64,
+            }
+            impl ::core::fmt::Debug for Allocation {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    f.debug_struct("Allocation")
+                        .field("file", &self.file)
+                        .field("how", &self.how)
+                        .field("position", &self.position)
+                        .field("length", &self.length)
+                        .finish()
+                }
+            }
+            /// The search for data or a hole.
+            #[repr(C)]
+            #[derive(Clone, Copy)]
+            pub struct Search {
+                /// The open file.
+                pub file: OpenFile,
+                /// The first byte.
+                pub position: u64,
+                /// A hole is looked for, and not data.
+                pub hole: bool,
+            }
+            impl ::core::fmt::Debug for Search {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    f.debug_struct("Search")
+                        .field("file", &self.file)
+                        .field("position", &self.position)
+                        .field("hole", &self.hole)
+                        .finish()
+                }
+            }
+            /// What a file system is (statvfs(3)).
+            #[repr(C)]
+            #[derive(Clone, Copy)]
+            pub struct Statistics {
+                /// The unit of the numbers of blocks, in bytes.
+                pub block_size: u32,
+                /// The longest name in bytes.
+                pub name_length: u32,
+                /// All blocks.
+                pub blocks: u64,
+                /// Free blocks.
+                pub free: u64,
+                /// Free blocks that the host's process may use.
+                pub available: u64,
+                /// How many files there can be.
+                pub files: u64,
+                /// How many more there can be.
+                pub files_free: u64,
+            }
+            impl ::core::fmt::Debug for Statistics {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    f.debug_struct("Statistics")
+                        .field("block-size", &self.block_size)
+                        .field("name-length", &self.name_length)
+                        .field("blocks", &self.blocks)
+                        .field("free", &self.free)
+                        .field("available", &self.available)
+                        .field("files", &self.files)
+                        .field("files-free", &self.files_free)
+                        .finish()
+                }
+            }
+            /// What is asked of a folder, and what it comes to.
+            #[derive(Clone)]
+            pub enum Action {
+                /// All nodes and open files are let go. `done`.
+                Clear,
+                /// So much is taken from the count of each node; at 0 it is known no more. Never fails. `done`.
+                Forget(_rt::Vec<(Node, u64)>),
+                /// The node of a name. `entry`.
+                LookUp(Place),
+                /// What a node is. `attributes`.
+                Attributes(Subject),
+                /// Changes what a node is, in the order of the fields until one fails. `attributes`.
+                Change(Change),
+                /// The target of a symbolic link. `target`.
+                ReadLink(Node),
+                /// Makes a regular file. `entry`.
+                MakeFile(NewFile),
+                /// Makes a folder. `entry`.
+                MakeFolder(NewFile),
+                /// Makes a symbolic link. `entry`.
+                MakeLink(NewLink),
+                /// Gives a node another name. `entry`.
+                Link(AnotherName),
+                /// Takes a name away that is no folder's. `done`.
+                Remove(Place),
+                /// Takes an empty folder away. `done`.
+                RemoveFolder(Place),
+                /// Gives what a name means another name. `done`.
+                Rename(Renaming),
+                /// Opens a regular file; anything else gives `EISDIR` or `EOPNOTSUPP`. `opened`.
+                Open(Opening),
+                /// Opens a regular file, which is made if it is not there. `created`.
+                Create(Creation),
+                /// Opens a folder. `opened`.
+                OpenFolder(Node),
+                /// The next names of an open folder, `.` and `..` among them, as many as fit; none at its end. `items`.
+                Names(Listing),
+                /// Reads into the request's writable part; fewer bytes where the file or that part ends. `moved`.
+                Read(FileRange),
+                /// Writes from the request's readable part; fewer bytes where that part ends or there is no more space. `moved`.
+                Write(FileRange),
+                /// Makes durable what was written. `done`.
+                Sync(Syncing),
+                /// Does something with a range. `done`.
+                Allocate(Allocation),
+                /// The next data or hole from a position on (lseek(2)). `position`.
+                Seek(Search),
+                /// What the file system is. `statistics`.
+                Statistics(Node),
+                /// Closes a file or folder. `done`.
+                Close(OpenFile),
+            }
+            impl ::core::fmt::Debug for Action {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    match self {
+                        Action::Clear => f.debug_tuple("Action::Clear").finish(),
+                        Action::Forget(e) => {
+                            f.debug_tuple("Action::Forget").field(e).finish()
+                        }
+                        Action::LookUp(e) => {
+                            f.debug_tuple("Action::LookUp").field(e).finish()
+                        }
+                        Action::Attributes(e) => {
+                            f.debug_tuple("Action::Attributes").field(e).finish()
+                        }
+                        Action::Change(e) => {
+                            f.debug_tuple("Action::Change").field(e).finish()
+                        }
+                        Action::ReadLink(e) => {
+                            f.debug_tuple("Action::ReadLink").field(e).finish()
+                        }
+                        Action::MakeFile(e) => {
+                            f.debug_tuple("Action::MakeFile").field(e).finish()
+                        }
+                        Action::MakeFolder(e) => {
+                            f.debug_tuple("Action::MakeFolder").field(e).finish()
+                        }
+                        Action::MakeLink(e) => {
+                            f.debug_tuple("Action::MakeLink").field(e).finish()
+                        }
+                        Action::Link(e) => {
+                            f.debug_tuple("Action::Link").field(e).finish()
+                        }
+                        Action::Remove(e) => {
+                            f.debug_tuple("Action::Remove").field(e).finish()
+                        }
+                        Action::RemoveFolder(e) => {
+                            f.debug_tuple("Action::RemoveFolder").field(e).finish()
+                        }
+                        Action::Rename(e) => {
+                            f.debug_tuple("Action::Rename").field(e).finish()
+                        }
+                        Action::Open(e) => {
+                            f.debug_tuple("Action::Open").field(e).finish()
+                        }
+                        Action::Create(e) => {
+                            f.debug_tuple("Action::Create").field(e).finish()
+                        }
+                        Action::OpenFolder(e) => {
+                            f.debug_tuple("Action::OpenFolder").field(e).finish()
+                        }
+                        Action::Names(e) => {
+                            f.debug_tuple("Action::Names").field(e).finish()
+                        }
+                        Action::Read(e) => {
+                            f.debug_tuple("Action::Read").field(e).finish()
+                        }
+                        Action::Write(e) => {
+                            f.debug_tuple("Action::Write").field(e).finish()
+                        }
+                        Action::Sync(e) => {
+                            f.debug_tuple("Action::Sync").field(e).finish()
+                        }
+                        Action::Allocate(e) => {
+                            f.debug_tuple("Action::Allocate").field(e).finish()
+                        }
+                        Action::Seek(e) => {
+                            f.debug_tuple("Action::Seek").field(e).finish()
+                        }
+                        Action::Statistics(e) => {
+                            f.debug_tuple("Action::Statistics").field(e).finish()
+                        }
+                        Action::Close(e) => {
+                            f.debug_tuple("Action::Close").field(e).finish()
+                        }
+                    }
+                }
+            }
+            /// What an action came to.
+            #[derive(Clone)]
+            pub enum Outcome {
+                /// It is done.
+                Done,
+                /// A node.
+                Entry(Entry),
+                /// What a node is.
+                Attributes(Attributes),
+                /// The target of a link.
+                Target(_rt::Vec<u8>),
+                /// An open file.
+                Opened(OpenFile),
+                /// A node, and the file that it was opened as.
+                Created((Entry, OpenFile)),
+                /// Names.
+                Items(_rt::Vec<Item>),
+                /// How many bytes were moved.
+                Moved(u32),
+                /// A place in a file.
+                Position(u64),
+                /// The file system.
+                Statistics(Statistics),
+            }
+            impl ::core::fmt::Debug for Outcome {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    match self {
+                        Outcome::Done => f.debug_tuple("Outcome::Done").finish(),
+                        Outcome::Entry(e) => {
+                            f.debug_tuple("Outcome::Entry").field(e).finish()
+                        }
+                        Outcome::Attributes(e) => {
+                            f.debug_tuple("Outcome::Attributes").field(e).finish()
+                        }
+                        Outcome::Target(e) => {
+                            f.debug_tuple("Outcome::Target").field(e).finish()
+                        }
+                        Outcome::Opened(e) => {
+                            f.debug_tuple("Outcome::Opened").field(e).finish()
+                        }
+                        Outcome::Created(e) => {
+                            f.debug_tuple("Outcome::Created").field(e).finish()
+                        }
+                        Outcome::Items(e) => {
+                            f.debug_tuple("Outcome::Items").field(e).finish()
+                        }
+                        Outcome::Moved(e) => {
+                            f.debug_tuple("Outcome::Moved").field(e).finish()
+                        }
+                        Outcome::Position(e) => {
+                            f.debug_tuple("Outcome::Position").field(e).finish()
+                        }
+                        Outcome::Statistics(e) => {
+                            f.debug_tuple("Outcome::Statistics").field(e).finish()
+                        }
+                    }
+                }
+            }
+            /// A folder of the host, handed to `start`.
+            #[derive(Debug)]
+            #[repr(transparent)]
+            pub struct Folder {
+                handle: _rt::Resource<Folder>,
+            }
+            impl Folder {
+                #[doc(hidden)]
+                pub unsafe fn from_handle(handle: u32) -> Self {
+                    Self {
+                        handle: unsafe { _rt::Resource::from_handle(handle) },
+                    }
+                }
+                #[doc(hidden)]
+                pub fn take_handle(&self) -> u32 {
+                    _rt::Resource::take_handle(&self.handle)
+                }
+                #[doc(hidden)]
+                pub fn handle(&self) -> u32 {
+                    _rt::Resource::handle(&self.handle)
+                }
+            }
+            unsafe impl _rt::WasmResource for Folder {
+                #[inline]
+                unsafe fn drop(_handle: u32) {
+                    #[cfg(target_arch = "wasm32")]
+                    #[link(wasm_import_module = "tenon:device/folders@0.1.0")]
+                    unsafe extern "C" {
+                        #[link_name = "[resource-drop]folder"]
+                        fn drop(_: i32);
+                    }
+                    #[cfg(not(target_arch = "wasm32"))]
+                    unsafe extern "C" fn drop(_: i32) {
+                        unreachable!()
+                    }
+                    unsafe {
+                        drop(_handle as i32);
+                    }
+                }
+            }
+            impl Folder {
+                #[allow(unused_unsafe, clippy::all)]
+                /// Does something in the folder on behalf of a request: at most 16 times for one, after which the instance is ended.
+                #[allow(async_fn_in_trait)]
+                pub fn act(
+                    &self,
+                    request: u32,
+                    action: &Action,
+                ) -> ::core::result::Result<Outcome, u32> {
+                    unsafe {
+                        let mut cleanup_list = _rt::Vec::new();
+                        #[repr(align(8))]
+                        struct RetArea([::core::mem::MaybeUninit<u8>; 136]);
+                        let mut ret_area = RetArea(
+                            [::core::mem::MaybeUninit::uninit(); 136],
+                        );
+                        let ptr0 = ret_area.0.as_mut_ptr().cast::<u8>();
+                        *ptr0.add(0).cast::<i32>() = (self).handle() as i32;
+                        *ptr0.add(4).cast::<i32>() = _rt::as_i32(&request);
+                        match action {
+                            Action::Clear => {
+                                *ptr0.add(8).cast::<u8>() = (0i32) as u8;
+                            }
+                            Action::Forget(e) => {
+                                *ptr0.add(8).cast::<u8>() = (1i32) as u8;
+                                let vec2 = e;
+                                let len2 = vec2.len();
+                                let layout2 = _rt::alloc::Layout::from_size_align(
+                                        vec2.len() * 16,
+                                        8,
+                                    )
+                                    .unwrap();
+                                let (result2, _cleanup2) = ::tenon_sdk::wit_bindgen::rt::Cleanup::new(
+                                    layout2,
+                                );
+                                cleanup_list.extend(_cleanup2);
+                                for (i, e) in vec2.into_iter().enumerate() {
+                                    let base = result2.add(i * 16);
+                                    {
+                                        let (t1_0, t1_1) = e;
+                                        *base.add(0).cast::<i64>() = _rt::as_i64(t1_0);
+                                        *base.add(8).cast::<i64>() = _rt::as_i64(t1_1);
+                                    }
+                                }
+                                *ptr0
+                                    .add(16 + 1 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<usize>() = len2;
+                                *ptr0.add(16).cast::<*mut u8>() = result2;
+                            }
+                            Action::LookUp(e) => {
+                                *ptr0.add(8).cast::<u8>() = (2i32) as u8;
+                                let Place { folder: folder3, name: name3 } = e;
+                                *ptr0.add(16).cast::<i64>() = _rt::as_i64(folder3);
+                                let vec4 = name3;
+                                let ptr4 = vec4.as_ptr().cast::<u8>();
+                                let len4 = vec4.len();
+                                *ptr0
+                                    .add(24 + 1 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<usize>() = len4;
+                                *ptr0.add(24).cast::<*mut u8>() = ptr4.cast_mut();
+                            }
+                            Action::Attributes(e) => {
+                                *ptr0.add(8).cast::<u8>() = (3i32) as u8;
+                                let Subject { node: node5, file: file5 } = e;
+                                *ptr0.add(16).cast::<i64>() = _rt::as_i64(node5);
+                                match file5 {
+                                    Some(e) => {
+                                        *ptr0.add(24).cast::<u8>() = (1i32) as u8;
+                                        *ptr0.add(28).cast::<i32>() = _rt::as_i32(e);
+                                    }
+                                    None => {
+                                        *ptr0.add(24).cast::<u8>() = (0i32) as u8;
+                                    }
+                                };
+                            }
+                            Action::Change(e) => {
+                                *ptr0.add(8).cast::<u8>() = (4i32) as u8;
+                                let Change { subject: subject6, changes: changes6 } = e;
+                                let Subject { node: node7, file: file7 } = subject6;
+                                *ptr0.add(16).cast::<i64>() = _rt::as_i64(node7);
+                                match file7 {
+                                    Some(e) => {
+                                        *ptr0.add(24).cast::<u8>() = (1i32) as u8;
+                                        *ptr0.add(28).cast::<i32>() = _rt::as_i32(e);
+                                    }
+                                    None => {
+                                        *ptr0.add(24).cast::<u8>() = (0i32) as u8;
+                                    }
+                                };
+                                let Changes {
+                                    mode: mode8,
+                                    uid: uid8,
+                                    gid: gid8,
+                                    size: size8,
+                                    accessed: accessed8,
+                                    modified: modified8,
+                                } = changes6;
+                                match mode8 {
+                                    Some(e) => {
+                                        *ptr0.add(32).cast::<u8>() = (1i32) as u8;
+                                        *ptr0.add(36).cast::<i32>() = _rt::as_i32(e);
+                                    }
+                                    None => {
+                                        *ptr0.add(32).cast::<u8>() = (0i32) as u8;
+                                    }
+                                };
+                                match uid8 {
+                                    Some(e) => {
+                                        *ptr0.add(40).cast::<u8>() = (1i32) as u8;
+                                        *ptr0.add(44).cast::<i32>() = _rt::as_i32(e);
+                                    }
+                                    None => {
+                                        *ptr0.add(40).cast::<u8>() = (0i32) as u8;
+                                    }
+                                };
+                                match gid8 {
+                                    Some(e) => {
+                                        *ptr0.add(48).cast::<u8>() = (1i32) as u8;
+                                        *ptr0.add(52).cast::<i32>() = _rt::as_i32(e);
+                                    }
+                                    None => {
+                                        *ptr0.add(48).cast::<u8>() = (0i32) as u8;
+                                    }
+                                };
+                                match size8 {
+                                    Some(e) => {
+                                        *ptr0.add(56).cast::<u8>() = (1i32) as u8;
+                                        *ptr0.add(64).cast::<i64>() = _rt::as_i64(e);
+                                    }
+                                    None => {
+                                        *ptr0.add(56).cast::<u8>() = (0i32) as u8;
+                                    }
+                                };
+                                match accessed8 {
+                                    Some(e) => {
+                                        *ptr0.add(72).cast::<u8>() = (1i32) as u8;
+                                        match e {
+                                            NewTime::Now => {
+                                                *ptr0.add(80).cast::<u8>() = (0i32) as u8;
+                                            }
+                                            NewTime::At(e) => {
+                                                *ptr0.add(80).cast::<u8>() = (1i32) as u8;
+                                                let FileTime {
+                                                    seconds: seconds9,
+                                                    nanoseconds: nanoseconds9,
+                                                } = e;
+                                                *ptr0.add(88).cast::<i64>() = _rt::as_i64(seconds9);
+                                                *ptr0.add(96).cast::<i32>() = _rt::as_i32(nanoseconds9);
+                                            }
+                                        }
+                                    }
+                                    None => {
+                                        *ptr0.add(72).cast::<u8>() = (0i32) as u8;
+                                    }
+                                };
+                                match modified8 {
+                                    Some(e) => {
+                                        *ptr0.add(104).cast::<u8>() = (1i32) as u8;
+                                        match e {
+                                            NewTime::Now => {
+                                                *ptr0.add(112).cast::<u8>() = (0i32) as u8;
+                                            }
+                                            NewTime::At(e) => {
+                                                *ptr0.add(112).cast::<u8>() = (1i32) as u8;
+                                                let FileTime {
+                                                    seconds: seconds10,
+                                                    nanoseconds: nanoseconds10,
+                                                } = e;
+                                                *ptr0.add(120).cast::<i64>() = _rt::as_i64(seconds10);
+                                                *ptr0.add(128).cast::<i32>() = _rt::as_i32(nanoseconds10);
+                                            }
+                                        }
+                                    }
+                                    None => {
+                                        *ptr0.add(104).cast::<u8>() = (0i32) as u8;
+                                    }
+                                };
+                            }
+                            Action::ReadLink(e) => {
+                                *ptr0.add(8).cast::<u8>() = (5i32) as u8;
+                                *ptr0.add(16).cast::<i64>() = _rt::as_i64(e);
+                            }
+                            Action::MakeFile(e) => {
+                                *ptr0.add(8).cast::<u8>() = (6i32) as u8;
+                                let NewFile {
+                                    place: place11,
+                                    mode: mode11,
+                                    uid: uid11,
+                                    gid: gid11,
+                                } = e;
+                                let Place { folder: folder12, name: name12 } = place11;
+                                *ptr0.add(16).cast::<i64>() = _rt::as_i64(folder12);
+                                let vec13 = name12;
+                                let ptr13 = vec13.as_ptr().cast::<u8>();
+                                let len13 = vec13.len();
+                                *ptr0
+                                    .add(24 + 1 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<usize>() = len13;
+                                *ptr0.add(24).cast::<*mut u8>() = ptr13.cast_mut();
+                                *ptr0
+                                    .add(24 + 2 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<i32>() = _rt::as_i32(mode11);
+                                *ptr0
+                                    .add(28 + 2 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<i32>() = _rt::as_i32(uid11);
+                                *ptr0
+                                    .add(32 + 2 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<i32>() = _rt::as_i32(gid11);
+                            }
+                            Action::MakeFolder(e) => {
+                                *ptr0.add(8).cast::<u8>() = (7i32) as u8;
+                                let NewFile {
+                                    place: place14,
+                                    mode: mode14,
+                                    uid: uid14,
+                                    gid: gid14,
+                                } = e;
+                                let Place { folder: folder15, name: name15 } = place14;
+                                *ptr0.add(16).cast::<i64>() = _rt::as_i64(folder15);
+                                let vec16 = name15;
+                                let ptr16 = vec16.as_ptr().cast::<u8>();
+                                let len16 = vec16.len();
+                                *ptr0
+                                    .add(24 + 1 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<usize>() = len16;
+                                *ptr0.add(24).cast::<*mut u8>() = ptr16.cast_mut();
+                                *ptr0
+                                    .add(24 + 2 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<i32>() = _rt::as_i32(mode14);
+                                *ptr0
+                                    .add(28 + 2 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<i32>() = _rt::as_i32(uid14);
+                                *ptr0
+                                    .add(32 + 2 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<i32>() = _rt::as_i32(gid14);
+                            }
+                            Action::MakeLink(e) => {
+                                *ptr0.add(8).cast::<u8>() = (8i32) as u8;
+                                let NewLink { new: new17, target: target17 } = e;
+                                let NewFile {
+                                    place: place18,
+                                    mode: mode18,
+                                    uid: uid18,
+                                    gid: gid18,
+                                } = new17;
+                                let Place { folder: folder19, name: name19 } = place18;
+                                *ptr0.add(16).cast::<i64>() = _rt::as_i64(folder19);
+                                let vec20 = name19;
+                                let ptr20 = vec20.as_ptr().cast::<u8>();
+                                let len20 = vec20.len();
+                                *ptr0
+                                    .add(24 + 1 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<usize>() = len20;
+                                *ptr0.add(24).cast::<*mut u8>() = ptr20.cast_mut();
+                                *ptr0
+                                    .add(24 + 2 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<i32>() = _rt::as_i32(mode18);
+                                *ptr0
+                                    .add(28 + 2 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<i32>() = _rt::as_i32(uid18);
+                                *ptr0
+                                    .add(32 + 2 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<i32>() = _rt::as_i32(gid18);
+                                let vec21 = target17;
+                                let ptr21 = vec21.as_ptr().cast::<u8>();
+                                let len21 = vec21.len();
+                                *ptr0
+                                    .add(40 + 3 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<usize>() = len21;
+                                *ptr0
+                                    .add(40 + 2 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<*mut u8>() = ptr21.cast_mut();
+                            }
+                            Action::Link(e) => {
+                                *ptr0.add(8).cast::<u8>() = (9i32) as u8;
+                                let AnotherName { node: node22, place: place22 } = e;
+                                *ptr0.add(16).cast::<i64>() = _rt::as_i64(node22);
+                                let Place { folder: folder23, name: name23 } = place22;
+                                *ptr0.add(24).cast::<i64>() = _rt::as_i64(folder23);
+                                let vec24 = name23;
+                                let ptr24 = vec24.as_ptr().cast::<u8>();
+                                let len24 = vec24.len();
+                                *ptr0
+                                    .add(32 + 1 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<usize>() = len24;
+                                *ptr0.add(32).cast::<*mut u8>() = ptr24.cast_mut();
+                            }
+                            Action::Remove(e) => {
+                                *ptr0.add(8).cast::<u8>() = (10i32) as u8;
+                                let Place { folder: folder25, name: name25 } = e;
+                                *ptr0.add(16).cast::<i64>() = _rt::as_i64(folder25);
+                                let vec26 = name25;
+                                let ptr26 = vec26.as_ptr().cast::<u8>();
+                                let len26 = vec26.len();
+                                *ptr0
+                                    .add(24 + 1 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<usize>() = len26;
+                                *ptr0.add(24).cast::<*mut u8>() = ptr26.cast_mut();
+                            }
+                            Action::RemoveFolder(e) => {
+                                *ptr0.add(8).cast::<u8>() = (11i32) as u8;
+                                let Place { folder: folder27, name: name27 } = e;
+                                *ptr0.add(16).cast::<i64>() = _rt::as_i64(folder27);
+                                let vec28 = name27;
+                                let ptr28 = vec28.as_ptr().cast::<u8>();
+                                let len28 = vec28.len();
+                                *ptr0
+                                    .add(24 + 1 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<usize>() = len28;
+                                *ptr0.add(24).cast::<*mut u8>() = ptr28.cast_mut();
+                            }
+                            Action::Rename(e) => {
+                                *ptr0.add(8).cast::<u8>() = (12i32) as u8;
+                                let Renaming {
+                                    source: source29,
+                                    target: target29,
+                                    how: how29,
+                                } = e;
+                                let Place { folder: folder30, name: name30 } = source29;
+                                *ptr0.add(16).cast::<i64>() = _rt::as_i64(folder30);
+                                let vec31 = name30;
+                                let ptr31 = vec31.as_ptr().cast::<u8>();
+                                let len31 = vec31.len();
+                                *ptr0
+                                    .add(24 + 1 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<usize>() = len31;
+                                *ptr0.add(24).cast::<*mut u8>() = ptr31.cast_mut();
+                                let Place { folder: folder32, name: name32 } = target29;
+                                *ptr0
+                                    .add(24 + 2 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<i64>() = _rt::as_i64(folder32);
+                                let vec33 = name32;
+                                let ptr33 = vec33.as_ptr().cast::<u8>();
+                                let len33 = vec33.len();
+                                *ptr0
+                                    .add(32 + 3 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<usize>() = len33;
+                                *ptr0
+                                    .add(32 + 2 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<*mut u8>() = ptr33.cast_mut();
+                                *ptr0
+                                    .add(32 + 4 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<u8>() = (how29.clone() as i32) as u8;
+                            }
+                            Action::Open(e) => {
+                                *ptr0.add(8).cast::<u8>() = (13i32) as u8;
+                                let Opening { node: node34, access: access34 } = e;
+                                *ptr0.add(16).cast::<i64>() = _rt::as_i64(node34);
+                                let flags35 = access34;
+                                *ptr0.add(24).cast::<u8>() = ((flags35.bits() >> 0) as i32)
+                                    as u8;
+                            }
+                            Action::Create(e) => {
+                                *ptr0.add(8).cast::<u8>() = (14i32) as u8;
+                                let Creation {
+                                    new: new36,
+                                    access: access36,
+                                    exclusive: exclusive36,
+                                } = e;
+                                let NewFile {
+                                    place: place37,
+                                    mode: mode37,
+                                    uid: uid37,
+                                    gid: gid37,
+                                } = new36;
+                                let Place { folder: folder38, name: name38 } = place37;
+                                *ptr0.add(16).cast::<i64>() = _rt::as_i64(folder38);
+                                let vec39 = name38;
+                                let ptr39 = vec39.as_ptr().cast::<u8>();
+                                let len39 = vec39.len();
+                                *ptr0
+                                    .add(24 + 1 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<usize>() = len39;
+                                *ptr0.add(24).cast::<*mut u8>() = ptr39.cast_mut();
+                                *ptr0
+                                    .add(24 + 2 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<i32>() = _rt::as_i32(mode37);
+                                *ptr0
+                                    .add(28 + 2 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<i32>() = _rt::as_i32(uid37);
+                                *ptr0
+                                    .add(32 + 2 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<i32>() = _rt::as_i32(gid37);
+                                let flags40 = access36;
+                                *ptr0
+                                    .add(40 + 2 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<u8>() = ((flags40.bits() >> 0) as i32) as u8;
+                                *ptr0
+                                    .add(41 + 2 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<u8>() = (match exclusive36 {
+                                    true => 1,
+                                    false => 0,
+                                }) as u8;
+                            }
+                            Action::OpenFolder(e) => {
+                                *ptr0.add(8).cast::<u8>() = (15i32) as u8;
+                                *ptr0.add(16).cast::<i64>() = _rt::as_i64(e);
+                            }
+                            Action::Names(e) => {
+                                *ptr0.add(8).cast::<u8>() = (16i32) as u8;
+                                let Listing {
+                                    file: file41,
+                                    position: position41,
+                                    room: room41,
+                                    each: each41,
+                                    entries: entries41,
+                                } = e;
+                                *ptr0.add(16).cast::<i32>() = _rt::as_i32(file41);
+                                *ptr0.add(24).cast::<i64>() = _rt::as_i64(position41);
+                                *ptr0.add(32).cast::<i32>() = _rt::as_i32(room41);
+                                *ptr0.add(36).cast::<i32>() = _rt::as_i32(each41);
+                                *ptr0.add(40).cast::<u8>() = (match entries41 {
+                                    true => 1,
+                                    false => 0,
+                                }) as u8;
+                            }
+                            Action::Read(e) => {
+                                *ptr0.add(8).cast::<u8>() = (17i32) as u8;
+                                let FileRange {
+                                    file: file42,
+                                    offset: offset42,
+                                    length: length42,
+                                    position: position42,
+                                } = e;
+                                *ptr0.add(16).cast::<i32>() = _rt::as_i32(file42);
+                                *ptr0.add(20).cast::<i32>() = _rt::as_i32(offset42);
+                                *ptr0.add(24).cast::<i32>() = _rt::as_i32(length42);
+                                *ptr0.add(32).cast::<i64>() = _rt::as_i64(position42);
+                            }
+                            Action::Write(e) => {
+                                *ptr0.add(8).cast::<u8>() = (18i32) as u8;
+                                let FileRange {
+                                    file: file43,
+                                    offset: offset43,
+                                    length: length43,
+                                    position: position43,
+                                } = e;
+                                *ptr0.add(16).cast::<i32>() = _rt::as_i32(file43);
+                                *ptr0.add(20).cast::<i32>() = _rt::as_i32(offset43);
+                                *ptr0.add(24).cast::<i32>() = _rt::as_i32(length43);
+                                *ptr0.add(32).cast::<i64>() = _rt::as_i64(position43);
+                            }
+                            Action::Sync(e) => {
+                                *ptr0.add(8).cast::<u8>() = (19i32) as u8;
+                                let Syncing { file: file44, data_only: data_only44 } = e;
+                                *ptr0.add(16).cast::<i32>() = _rt::as_i32(file44);
+                                *ptr0.add(20).cast::<u8>() = (match data_only44 {
+                                    true => 1,
+                                    false => 0,
+                                }) as u8;
+                            }
+                            Action::Allocate(e) => {
+                                *ptr0.add(8).cast::<u8>() = (20i32) as u8;
+                                let Allocation {
+                                    file: file45,
+                                    how: how45,
+                                    position: position45,
+                                    length: length45,
+                                } = e;
+                                *ptr0.add(16).cast::<i32>() = _rt::as_i32(file45);
+                                *ptr0.add(20).cast::<u8>() = (how45.clone() as i32) as u8;
+                                *ptr0.add(24).cast::<i64>() = _rt::as_i64(position45);
+                                *ptr0.add(32).cast::<i64>() = _rt::as_i64(length45);
+                            }
+                            Action::Seek(e) => {
+                                *ptr0.add(8).cast::<u8>() = (21i32) as u8;
+                                let Search {
+                                    file: file46,
+                                    position: position46,
+                                    hole: hole46,
+                                } = e;
+                                *ptr0.add(16).cast::<i32>() = _rt::as_i32(file46);
+                                *ptr0.add(24).cast::<i64>() = _rt::as_i64(position46);
+                                *ptr0.add(32).cast::<u8>() = (match hole46 {
+                                    true => 1,
+                                    false => 0,
+                                }) as u8;
+                            }
+                            Action::Statistics(e) => {
+                                *ptr0.add(8).cast::<u8>() = (22i32) as u8;
+                                *ptr0.add(16).cast::<i64>() = _rt::as_i64(e);
+                            }
+                            Action::Close(e) => {
+                                *ptr0.add(8).cast::<u8>() = (23i32) as u8;
+                                *ptr0.add(16).cast::<i32>() = _rt::as_i32(e);
+                            }
+                        }
+                        let ptr47 = ret_area.0.as_mut_ptr().cast::<u8>();
+                        #[cfg(target_arch = "wasm32")]
+                        #[link(wasm_import_module = "tenon:device/folders@0.1.0")]
+                        unsafe extern "C" {
+                            #[link_name = "[method]folder.act"]
+                            fn wit_import48(_: *mut u8, _: *mut u8);
+                        }
+                        #[cfg(not(target_arch = "wasm32"))]
+                        unsafe extern "C" fn wit_import48(_: *mut u8, _: *mut u8) {
+                            unreachable!()
+                        }
+                        wit_import48(ptr0, ptr47);
+                        let l49 = i32::from(*ptr47.add(0).cast::<u8>());
+                        let result140 = match l49 {
+                            0 => {
+                                let e = {
+                                    let l50 = i32::from(*ptr47.add(8).cast::<u8>());
+                                    let v138 = match l50 {
+                                        0 => Outcome::Done,
+                                        1 => {
+                                            let e138 = {
+                                                let l51 = *ptr47.add(16).cast::<i64>();
+                                                let l52 = *ptr47.add(24).cast::<i64>();
+                                                let l53 = *ptr47.add(32).cast::<i64>();
+                                                let l54 = *ptr47.add(40).cast::<i64>();
+                                                let l55 = *ptr47.add(48).cast::<i32>();
+                                                let l56 = *ptr47.add(52).cast::<i32>();
+                                                let l57 = *ptr47.add(56).cast::<i32>();
+                                                let l58 = *ptr47.add(60).cast::<i32>();
+                                                let l59 = *ptr47.add(64).cast::<i32>();
+                                                let l60 = *ptr47.add(68).cast::<i32>();
+                                                let l61 = *ptr47.add(72).cast::<i64>();
+                                                let l62 = *ptr47.add(80).cast::<i32>();
+                                                let l63 = *ptr47.add(88).cast::<i64>();
+                                                let l64 = *ptr47.add(96).cast::<i32>();
+                                                let l65 = *ptr47.add(104).cast::<i64>();
+                                                let l66 = *ptr47.add(112).cast::<i32>();
+                                                Entry {
+                                                    node: l51 as u64,
+                                                    attributes: Attributes {
+                                                        inode: l52 as u64,
+                                                        size: l53 as u64,
+                                                        blocks: l54 as u64,
+                                                        block_size: l55 as u32,
+                                                        mode: l56 as u32,
+                                                        links: l57 as u32,
+                                                        uid: l58 as u32,
+                                                        gid: l59 as u32,
+                                                        device: l60 as u32,
+                                                        accessed: FileTime {
+                                                            seconds: l61,
+                                                            nanoseconds: l62 as u32,
+                                                        },
+                                                        modified: FileTime {
+                                                            seconds: l63,
+                                                            nanoseconds: l64 as u32,
+                                                        },
+                                                        changed: FileTime {
+                                                            seconds: l65,
+                                                            nanoseconds: l66 as u32,
+                                                        },
+                                                    },
+                                                }
+                                            };
+                                            Outcome::Entry(e138)
+                                        }
+                                        2 => {
+                                            let e138 = {
+                                                let l67 = *ptr47.add(16).cast::<i64>();
+                                                let l68 = *ptr47.add(24).cast::<i64>();
+                                                let l69 = *ptr47.add(32).cast::<i64>();
+                                                let l70 = *ptr47.add(40).cast::<i32>();
+                                                let l71 = *ptr47.add(44).cast::<i32>();
+                                                let l72 = *ptr47.add(48).cast::<i32>();
+                                                let l73 = *ptr47.add(52).cast::<i32>();
+                                                let l74 = *ptr47.add(56).cast::<i32>();
+                                                let l75 = *ptr47.add(60).cast::<i32>();
+                                                let l76 = *ptr47.add(64).cast::<i64>();
+                                                let l77 = *ptr47.add(72).cast::<i32>();
+                                                let l78 = *ptr47.add(80).cast::<i64>();
+                                                let l79 = *ptr47.add(88).cast::<i32>();
+                                                let l80 = *ptr47.add(96).cast::<i64>();
+                                                let l81 = *ptr47.add(104).cast::<i32>();
+                                                Attributes {
+                                                    inode: l67 as u64,
+                                                    size: l68 as u64,
+                                                    blocks: l69 as u64,
+                                                    block_size: l70 as u32,
+                                                    mode: l71 as u32,
+                                                    links: l72 as u32,
+                                                    uid: l73 as u32,
+                                                    gid: l74 as u32,
+                                                    device: l75 as u32,
+                                                    accessed: FileTime {
+                                                        seconds: l76,
+                                                        nanoseconds: l77 as u32,
+                                                    },
+                                                    modified: FileTime {
+                                                        seconds: l78,
+                                                        nanoseconds: l79 as u32,
+                                                    },
+                                                    changed: FileTime {
+                                                        seconds: l80,
+                                                        nanoseconds: l81 as u32,
+                                                    },
+                                                }
+                                            };
+                                            Outcome::Attributes(e138)
+                                        }
+                                        3 => {
+                                            let e138 = {
+                                                let l82 = *ptr47.add(16).cast::<*mut u8>();
+                                                let l83 = *ptr47
+                                                    .add(16 + 1 * ::core::mem::size_of::<*const u8>())
+                                                    .cast::<usize>();
+                                                let len84 = l83;
+                                                <_ as From<
+                                                    _rt::Vec<_>,
+                                                >>::from(_rt::Vec::from_raw_parts(l82.cast(), len84, len84))
+                                            };
+                                            Outcome::Target(e138)
+                                        }
+                                        4 => {
+                                            let e138 = {
+                                                let l85 = *ptr47.add(16).cast::<i32>();
+                                                l85 as u32
+                                            };
+                                            Outcome::Opened(e138)
+                                        }
+                                        5 => {
+                                            let e138 = {
+                                                let l86 = *ptr47.add(16).cast::<i64>();
+                                                let l87 = *ptr47.add(24).cast::<i64>();
+                                                let l88 = *ptr47.add(32).cast::<i64>();
+                                                let l89 = *ptr47.add(40).cast::<i64>();
+                                                let l90 = *ptr47.add(48).cast::<i32>();
+                                                let l91 = *ptr47.add(52).cast::<i32>();
+                                                let l92 = *ptr47.add(56).cast::<i32>();
+                                                let l93 = *ptr47.add(60).cast::<i32>();
+                                                let l94 = *ptr47.add(64).cast::<i32>();
+                                                let l95 = *ptr47.add(68).cast::<i32>();
+                                                let l96 = *ptr47.add(72).cast::<i64>();
+                                                let l97 = *ptr47.add(80).cast::<i32>();
+                                                let l98 = *ptr47.add(88).cast::<i64>();
+                                                let l99 = *ptr47.add(96).cast::<i32>();
+                                                let l100 = *ptr47.add(104).cast::<i64>();
+                                                let l101 = *ptr47.add(112).cast::<i32>();
+                                                let l102 = *ptr47.add(120).cast::<i32>();
+                                                (
+                                                    Entry {
+                                                        node: l86 as u64,
+                                                        attributes: Attributes {
+                                                            inode: l87 as u64,
+                                                            size: l88 as u64,
+                                                            blocks: l89 as u64,
+                                                            block_size: l90 as u32,
+                                                            mode: l91 as u32,
+                                                            links: l92 as u32,
+                                                            uid: l93 as u32,
+                                                            gid: l94 as u32,
+                                                            device: l95 as u32,
+                                                            accessed: FileTime {
+                                                                seconds: l96,
+                                                                nanoseconds: l97 as u32,
+                                                            },
+                                                            modified: FileTime {
+                                                                seconds: l98,
+                                                                nanoseconds: l99 as u32,
+                                                            },
+                                                            changed: FileTime {
+                                                                seconds: l100,
+                                                                nanoseconds: l101 as u32,
+                                                            },
+                                                        },
+                                                    },
+                                                    l102 as u32,
+                                                )
+                                            };
+                                            Outcome::Created(e138)
+                                        }
+                                        6 => {
+                                            let e138 = {
+                                                let l103 = *ptr47.add(16).cast::<*mut u8>();
+                                                let l104 = *ptr47
+                                                    .add(16 + 1 * ::core::mem::size_of::<*const u8>())
+                                                    .cast::<usize>();
+                                                let base128 = l103;
+                                                let len128 = l104;
+                                                let mut result128 = _rt::Vec::with_capacity(len128);
+                                                for i in 0..len128 {
+                                                    let base = base128
+                                                        .add(i * (136 + 2 * ::core::mem::size_of::<*const u8>()));
+                                                    let e128 = {
+                                                        let l105 = *base.add(0).cast::<i64>();
+                                                        let l106 = *base.add(8).cast::<i64>();
+                                                        let l107 = i32::from(*base.add(16).cast::<u8>());
+                                                        let l108 = *base
+                                                            .add(16 + 1 * ::core::mem::size_of::<*const u8>())
+                                                            .cast::<*mut u8>();
+                                                        let l109 = *base
+                                                            .add(16 + 2 * ::core::mem::size_of::<*const u8>())
+                                                            .cast::<usize>();
+                                                        let len110 = l109;
+                                                        let l111 = i32::from(
+                                                            *base
+                                                                .add(24 + 2 * ::core::mem::size_of::<*const u8>())
+                                                                .cast::<u8>(),
+                                                        );
+                                                        Item {
+                                                            next: l105 as u64,
+                                                            inode: l106 as u64,
+                                                            kind: l107 as u8,
+                                                            name: <_ as From<
+                                                                _rt::Vec<_>,
+                                                            >>::from(
+                                                                _rt::Vec::from_raw_parts(l108.cast(), len110, len110),
+                                                            ),
+                                                            entry: match l111 {
+                                                                0 => None,
+                                                                1 => {
+                                                                    let e = {
+                                                                        let l112 = *base
+                                                                            .add(32 + 2 * ::core::mem::size_of::<*const u8>())
+                                                                            .cast::<i64>();
+                                                                        let l113 = *base
+                                                                            .add(40 + 2 * ::core::mem::size_of::<*const u8>())
+                                                                            .cast::<i64>();
+                                                                        let l114 = *base
+                                                                            .add(48 + 2 * ::core::mem::size_of::<*const u8>())
+                                                                            .cast::<i64>();
+                                                                        let l115 = *base
+                                                                            .add(56 + 2 * ::core::mem::size_of::<*const u8>())
+                                                                            .cast::<i64>();
+                                                                        let l116 = *base
+                                                                            .add(64 + 2 * ::core::mem::size_of::<*const u8>())
+                                                                            .cast::<i32>();
+                                                                        let l117 = *base
+                                                                            .add(68 + 2 * ::core::mem::size_of::<*const u8>())
+                                                                            .cast::<i32>();
+                                                                        let l118 = *base
+                                                                            .add(72 + 2 * ::core::mem::size_of::<*const u8>())
+                                                                            .cast::<i32>();
+                                                                        let l119 = *base
+                                                                            .add(76 + 2 * ::core::mem::size_of::<*const u8>())
+                                                                            .cast::<i32>();
+                                                                        let l120 = *base
+                                                                            .add(80 + 2 * ::core::mem::size_of::<*const u8>())
+                                                                            .cast::<i32>();
+                                                                        let l121 = *base
+                                                                            .add(84 + 2 * ::core::mem::size_of::<*const u8>())
+                                                                            .cast::<i32>();
+                                                                        let l122 = *base
+                                                                            .add(88 + 2 * ::core::mem::size_of::<*const u8>())
+                                                                            .cast::<i64>();
+                                                                        let l123 = *base
+                                                                            .add(96 + 2 * ::core::mem::size_of::<*const u8>())
+                                                                            .cast::<i32>();
+                                                                        let l124 = *base
+                                                                            .add(104 + 2 * ::core::mem::size_of::<*const u8>())
+                                                                            .cast::<i64>();
+                                                                        let l125 = *base
+                                                                            .add(112 + 2 * ::core::mem::size_of::<*const u8>())
+                                                                            .cast::<i32>();
+                                                                        let l126 = *base
+                                                                            .add(120 + 2 * ::core::mem::size_of::<*const u8>())
+                                                                            .cast::<i64>();
+                                                                        let l127 = *base
+                                                                            .add(128 + 2 * ::core::mem::size_of::<*const u8>())
+                                                                            .cast::<i32>();
+                                                                        Entry {
+                                                                            node: l112 as u64,
+                                                                            attributes: Attributes {
+                                                                                inode: l113 as u64,
+                                                                                size: l114 as u64,
+                                                                                blocks: l115 as u64,
+                                                                                block_size: l116 as u32,
+                                                                                mode: l117 as u32,
+                                                                                links: l118 as u32,
+                                                                                uid: l119 as u32,
+                                                                                gid: l120 as u32,
+                                                                                device: l121 as u32,
+                                                                                accessed: FileTime {
+                                                                                    seconds: l122,
+                                                                                    nanoseconds: l123 as u32,
+                                                                                },
+                                                                                modified: FileTime {
+                                                                                    seconds: l124,
+                                                                                    nanoseconds: l125 as u32,
+                                                                                },
+                                                                                changed: FileTime {
+                                                                                    seconds: l126,
+                                                                                    nanoseconds: l127 as u32,
+                                                                                },
+                                                                            },
+                                                                        }
+                                                                    };
+                                                                    Some(e)
+                                                                }
+                                                                _ => _rt::invalid_enum_discriminant(),
+                                                            },
+                                                        }
+                                                    };
+                                                    result128.push(e128);
+                                                }
+                                                _rt::cabi_dealloc(
+                                                    base128,
+                                                    len128 * (136 + 2 * ::core::mem::size_of::<*const u8>()),
+                                                    8,
+                                                );
+                                                result128
+                                            };
+                                            Outcome::Items(e138)
+                                        }
+                                        7 => {
+                                            let e138 = {
+                                                let l129 = *ptr47.add(16).cast::<i32>();
+                                                l129 as u32
+                                            };
+                                            Outcome::Moved(e138)
+                                        }
+                                        8 => {
+                                            let e138 = {
+                                                let l130 = *ptr47.add(16).cast::<i64>();
+                                                l130 as u64
+                                            };
+                                            Outcome::Position(e138)
+                                        }
+                                        n => {
+                                            debug_assert_eq!(n, 9, "invalid enum discriminant");
+                                            let e138 = {
+                                                let l131 = *ptr47.add(16).cast::<i32>();
+                                                let l132 = *ptr47.add(20).cast::<i32>();
+                                                let l133 = *ptr47.add(24).cast::<i64>();
+                                                let l134 = *ptr47.add(32).cast::<i64>();
+                                                let l135 = *ptr47.add(40).cast::<i64>();
+                                                let l136 = *ptr47.add(48).cast::<i64>();
+                                                let l137 = *ptr47.add(56).cast::<i64>();
+                                                Statistics {
+                                                    block_size: l131 as u32,
+                                                    name_length: l132 as u32,
+                                                    blocks: l133 as u64,
+                                                    free: l134 as u64,
+                                                    available: l135 as u64,
+                                                    files: l136 as u64,
+                                                    files_free: l137 as u64,
+                                                }
+                                            };
+                                            Outcome::Statistics(e138)
+                                        }
+                                    };
+                                    v138
+                                };
+                                Ok(e)
+                            }
+                            1 => {
+                                let e = {
+                                    let l139 = *ptr47.add(8).cast::<i32>();
+                                    l139 as u32
+                                };
+                                Err(e)
+                            }
+                            _ => _rt::invalid_enum_discriminant(),
+                        };
+                        result140
+                    }
+                }
+            }
+        }
         /// Words of devices that are fed by queues of requests.
         #[allow(dead_code, async_fn_in_trait, unused_imports, clippy::all)]
         pub mod virtio_types {
@@ -1444,6 +3167,8 @@ pub mod tenon {
                 pub ports: _rt::Vec<_rt::String>,
                 /// The names of its sockets.
                 pub sockets: _rt::Vec<_rt::String>,
+                /// The names of the folders of the host that it works in, such as `share`.
+                pub folders: _rt::Vec<_rt::String>,
             }
             impl ::core::fmt::Debug for VirtioDescription {
                 fn fmt(
@@ -1460,6 +3185,7 @@ pub mod tenon {
                         .field("stores", &self.stores)
                         .field("ports", &self.ports)
                         .field("sockets", &self.sockets)
+                        .field("folders", &self.folders)
                         .finish()
                 }
             }
@@ -1518,6 +3244,7 @@ pub mod exports {
                 pub type StoreError = super::super::super::super::tenon::device::stores::StoreError;
                 pub type Port = super::super::super::super::tenon::device::ports::Port;
                 pub type Socket = super::super::super::super::tenon::device::sockets::Socket;
+                pub type Folder = super::super::super::super::tenon::device::folders::Folder;
                 /// The handles of everything that the description asked for, in its order.
                 pub struct VirtioAttachment {
                     /// As many as the description asked for.
@@ -1530,6 +3257,8 @@ pub mod exports {
                     pub ports: _rt::Vec<Port>,
                     /// One for each socket of the description.
                     pub sockets: _rt::Vec<Socket>,
+                    /// One for each folder of the description.
+                    pub folders: _rt::Vec<Folder>,
                 }
                 impl ::core::fmt::Debug for VirtioAttachment {
                     fn fmt(
@@ -1542,6 +3271,7 @@ pub mod exports {
                             .field("stores", &self.stores)
                             .field("ports", &self.ports)
                             .field("sockets", &self.sockets)
+                            .field("folders", &self.folders)
                             .finish()
                     }
                 }
@@ -1631,6 +3361,7 @@ pub mod exports {
                                     stores: stores9,
                                     ports: ports9,
                                     sockets: sockets9,
+                                    folders: folders9,
                                 } = e;
                                 *ptr8.add(8).cast::<u16>() = (_rt::as_i32(device_type9))
                                     as u16;
@@ -1815,39 +3546,46 @@ pub mod exports {
                                 *ptr8
                                     .add(32 + 8 * ::core::mem::size_of::<*const u8>())
                                     .cast::<*mut u8>() = result20;
-                            }
-                            Err(e) => {
-                                *ptr8.add(0).cast::<u8>() = (1i32) as u8;
-                                use super::super::super::super::__with_name4::ErrorCode as V25;
-                                match e {
-                                    V25::Invalid(e) => {
-                                        *ptr8.add(8).cast::<u8>() = (0i32) as u8;
+                                let vec22 = folders9;
+                                let len22 = vec22.len();
+                                let layout22 = _rt::alloc::Layout::from_size_align(
+                                        vec22.len() * (2 * ::core::mem::size_of::<*const u8>()),
+                                        ::core::mem::size_of::<*const u8>(),
+                                    )
+                                    .unwrap();
+                                let (result22, _cleanup22) = ::tenon_sdk::wit_bindgen::rt::Cleanup::new(
+                                    layout22,
+                                );
+                                if let Some(cleanup) = _cleanup22 {
+                                    cleanup.forget();
+                                }
+                                for (i, e) in vec22.into_iter().enumerate() {
+                                    let base = result22
+                                        .add(i * (2 * ::core::mem::size_of::<*const u8>()));
+                                    {
                                         let vec21 = (e.into_bytes()).into_boxed_slice();
                                         let ptr21 = vec21.as_ptr().cast::<u8>();
                                         let len21 = vec21.len();
                                         ::core::mem::forget(vec21);
-                                        *ptr8
-                                            .add(8 + 2 * ::core::mem::size_of::<*const u8>())
+                                        *base
+                                            .add(::core::mem::size_of::<*const u8>())
                                             .cast::<usize>() = len21;
-                                        *ptr8
-                                            .add(8 + 1 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<*mut u8>() = ptr21.cast_mut();
+                                        *base.add(0).cast::<*mut u8>() = ptr21.cast_mut();
                                     }
-                                    V25::Unsupported(e) => {
-                                        *ptr8.add(8).cast::<u8>() = (1i32) as u8;
-                                        let vec22 = (e.into_bytes()).into_boxed_slice();
-                                        let ptr22 = vec22.as_ptr().cast::<u8>();
-                                        let len22 = vec22.len();
-                                        ::core::mem::forget(vec22);
-                                        *ptr8
-                                            .add(8 + 2 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<usize>() = len22;
-                                        *ptr8
-                                            .add(8 + 1 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<*mut u8>() = ptr22.cast_mut();
-                                    }
-                                    V25::Schema(e) => {
-                                        *ptr8.add(8).cast::<u8>() = (2i32) as u8;
+                                }
+                                *ptr8
+                                    .add(32 + 11 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<usize>() = len22;
+                                *ptr8
+                                    .add(32 + 10 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<*mut u8>() = result22;
+                            }
+                            Err(e) => {
+                                *ptr8.add(0).cast::<u8>() = (1i32) as u8;
+                                use super::super::super::super::__with_name4::ErrorCode as V27;
+                                match e {
+                                    V27::Invalid(e) => {
+                                        *ptr8.add(8).cast::<u8>() = (0i32) as u8;
                                         let vec23 = (e.into_bytes()).into_boxed_slice();
                                         let ptr23 = vec23.as_ptr().cast::<u8>();
                                         let len23 = vec23.len();
@@ -1859,8 +3597,8 @@ pub mod exports {
                                             .add(8 + 1 * ::core::mem::size_of::<*const u8>())
                                             .cast::<*mut u8>() = ptr23.cast_mut();
                                     }
-                                    V25::Other(e) => {
-                                        *ptr8.add(8).cast::<u8>() = (3i32) as u8;
+                                    V27::Unsupported(e) => {
+                                        *ptr8.add(8).cast::<u8>() = (1i32) as u8;
                                         let vec24 = (e.into_bytes()).into_boxed_slice();
                                         let ptr24 = vec24.as_ptr().cast::<u8>();
                                         let len24 = vec24.len();
@@ -1871,6 +3609,32 @@ pub mod exports {
                                         *ptr8
                                             .add(8 + 1 * ::core::mem::size_of::<*const u8>())
                                             .cast::<*mut u8>() = ptr24.cast_mut();
+                                    }
+                                    V27::Schema(e) => {
+                                        *ptr8.add(8).cast::<u8>() = (2i32) as u8;
+                                        let vec25 = (e.into_bytes()).into_boxed_slice();
+                                        let ptr25 = vec25.as_ptr().cast::<u8>();
+                                        let len25 = vec25.len();
+                                        ::core::mem::forget(vec25);
+                                        *ptr8
+                                            .add(8 + 2 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<usize>() = len25;
+                                        *ptr8
+                                            .add(8 + 1 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<*mut u8>() = ptr25.cast_mut();
+                                    }
+                                    V27::Other(e) => {
+                                        *ptr8.add(8).cast::<u8>() = (3i32) as u8;
+                                        let vec26 = (e.into_bytes()).into_boxed_slice();
+                                        let ptr26 = vec26.as_ptr().cast::<u8>();
+                                        let len26 = vec26.len();
+                                        ::core::mem::forget(vec26);
+                                        *ptr8
+                                            .add(8 + 2 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<usize>() = len26;
+                                        *ptr8
+                                            .add(8 + 1 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<*mut u8>() = ptr26.cast_mut();
                                     }
                                 }
                             }
@@ -2003,45 +3767,69 @@ pub mod exports {
                                     len25 * (2 * ::core::mem::size_of::<*const u8>()),
                                     ::core::mem::size_of::<*const u8>(),
                                 );
+                                let l26 = *arg0
+                                    .add(32 + 10 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<*mut u8>();
+                                let l27 = *arg0
+                                    .add(32 + 11 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<usize>();
+                                let base30 = l26;
+                                let len30 = l27;
+                                for i in 0..len30 {
+                                    let base = base30
+                                        .add(i * (2 * ::core::mem::size_of::<*const u8>()));
+                                    {
+                                        let l28 = *base.add(0).cast::<*mut u8>();
+                                        let l29 = *base
+                                            .add(::core::mem::size_of::<*const u8>())
+                                            .cast::<usize>();
+                                        _rt::cabi_dealloc(l28, l29, 1);
+                                    }
+                                }
+                                _rt::cabi_dealloc(
+                                    base30,
+                                    len30 * (2 * ::core::mem::size_of::<*const u8>()),
+                                    ::core::mem::size_of::<*const u8>(),
+                                );
                             }
                             _ => {
-                                let l26 = i32::from(*arg0.add(8).cast::<u8>());
-                                match l26 {
+                                let l31 = i32::from(*arg0.add(8).cast::<u8>());
+                                match l31 {
                                     0 => {
-                                        let l27 = *arg0
+                                        let l32 = *arg0
                                             .add(8 + 1 * ::core::mem::size_of::<*const u8>())
                                             .cast::<*mut u8>();
-                                        let l28 = *arg0
+                                        let l33 = *arg0
                                             .add(8 + 2 * ::core::mem::size_of::<*const u8>())
                                             .cast::<usize>();
-                                        _rt::cabi_dealloc(l27, l28, 1);
+                                        _rt::cabi_dealloc(l32, l33, 1);
                                     }
                                     1 => {
-                                        let l29 = *arg0
+                                        let l34 = *arg0
                                             .add(8 + 1 * ::core::mem::size_of::<*const u8>())
                                             .cast::<*mut u8>();
-                                        let l30 = *arg0
+                                        let l35 = *arg0
                                             .add(8 + 2 * ::core::mem::size_of::<*const u8>())
                                             .cast::<usize>();
-                                        _rt::cabi_dealloc(l29, l30, 1);
+                                        _rt::cabi_dealloc(l34, l35, 1);
                                     }
                                     2 => {
-                                        let l31 = *arg0
+                                        let l36 = *arg0
                                             .add(8 + 1 * ::core::mem::size_of::<*const u8>())
                                             .cast::<*mut u8>();
-                                        let l32 = *arg0
+                                        let l37 = *arg0
                                             .add(8 + 2 * ::core::mem::size_of::<*const u8>())
                                             .cast::<usize>();
-                                        _rt::cabi_dealloc(l31, l32, 1);
+                                        _rt::cabi_dealloc(l36, l37, 1);
                                     }
                                     _ => {
-                                        let l33 = *arg0
+                                        let l38 = *arg0
                                             .add(8 + 1 * ::core::mem::size_of::<*const u8>())
                                             .cast::<*mut u8>();
-                                        let l34 = *arg0
+                                        let l39 = *arg0
                                             .add(8 + 2 * ::core::mem::size_of::<*const u8>())
                                             .cast::<usize>();
-                                        _rt::cabi_dealloc(l33, l34, 1);
+                                        _rt::cabi_dealloc(l38, l39, 1);
                                     }
                                 }
                             }
@@ -2061,10 +3849,12 @@ pub mod exports {
                     arg7: usize,
                     arg8: *mut u8,
                     arg9: usize,
+                    arg10: *mut u8,
+                    arg11: usize,
                 ) -> *mut u8 {
                     unsafe {
                         #[cfg(target_arch = "wasm32")] _rt::run_ctors_once();
-                        let result10 = {
+                        let result12 = {
                             let base1 = arg0;
                             let len1 = arg1;
                             let mut result1 = _rt::Vec::with_capacity(len1);
@@ -2135,87 +3925,102 @@ pub mod exports {
                                 result9.push(e9);
                             }
                             _rt::cabi_dealloc(base9, len9 * 4, 4);
+                            let base11 = arg10;
+                            let len11 = arg11;
+                            let mut result11 = _rt::Vec::with_capacity(len11);
+                            for i in 0..len11 {
+                                let base = base11.add(i * 4);
+                                let e11 = {
+                                    let l10 = *base.add(0).cast::<i32>();
+                                    super::super::super::super::tenon::device::folders::Folder::from_handle(
+                                        l10 as u32,
+                                    )
+                                };
+                                result11.push(e11);
+                            }
+                            _rt::cabi_dealloc(base11, len11 * 4, 4);
                             T_::start(VirtioAttachment {
                                 timers: result1,
                                 channels: result3,
                                 stores: result5,
                                 ports: result7,
                                 sockets: result9,
+                                folders: result11,
                             })
                         };
-                        let ptr11 = (&raw mut _RET_AREA.0).cast::<u8>();
-                        match result10 {
+                        let ptr13 = (&raw mut _RET_AREA.0).cast::<u8>();
+                        match result12 {
                             Ok(_) => {
-                                *ptr11.add(0).cast::<u8>() = (0i32) as u8;
+                                *ptr13.add(0).cast::<u8>() = (0i32) as u8;
                             }
                             Err(e) => {
-                                *ptr11.add(0).cast::<u8>() = (1i32) as u8;
-                                use super::super::super::super::__with_name4::ErrorCode as V16;
+                                *ptr13.add(0).cast::<u8>() = (1i32) as u8;
+                                use super::super::super::super::__with_name4::ErrorCode as V18;
                                 match e {
-                                    V16::Invalid(e) => {
-                                        *ptr11
+                                    V18::Invalid(e) => {
+                                        *ptr13
                                             .add(::core::mem::size_of::<*const u8>())
                                             .cast::<u8>() = (0i32) as u8;
-                                        let vec12 = (e.into_bytes()).into_boxed_slice();
-                                        let ptr12 = vec12.as_ptr().cast::<u8>();
-                                        let len12 = vec12.len();
-                                        ::core::mem::forget(vec12);
-                                        *ptr11
-                                            .add(3 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<usize>() = len12;
-                                        *ptr11
-                                            .add(2 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<*mut u8>() = ptr12.cast_mut();
-                                    }
-                                    V16::Unsupported(e) => {
-                                        *ptr11
-                                            .add(::core::mem::size_of::<*const u8>())
-                                            .cast::<u8>() = (1i32) as u8;
-                                        let vec13 = (e.into_bytes()).into_boxed_slice();
-                                        let ptr13 = vec13.as_ptr().cast::<u8>();
-                                        let len13 = vec13.len();
-                                        ::core::mem::forget(vec13);
-                                        *ptr11
-                                            .add(3 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<usize>() = len13;
-                                        *ptr11
-                                            .add(2 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<*mut u8>() = ptr13.cast_mut();
-                                    }
-                                    V16::Schema(e) => {
-                                        *ptr11
-                                            .add(::core::mem::size_of::<*const u8>())
-                                            .cast::<u8>() = (2i32) as u8;
                                         let vec14 = (e.into_bytes()).into_boxed_slice();
                                         let ptr14 = vec14.as_ptr().cast::<u8>();
                                         let len14 = vec14.len();
                                         ::core::mem::forget(vec14);
-                                        *ptr11
+                                        *ptr13
                                             .add(3 * ::core::mem::size_of::<*const u8>())
                                             .cast::<usize>() = len14;
-                                        *ptr11
+                                        *ptr13
                                             .add(2 * ::core::mem::size_of::<*const u8>())
                                             .cast::<*mut u8>() = ptr14.cast_mut();
                                     }
-                                    V16::Other(e) => {
-                                        *ptr11
+                                    V18::Unsupported(e) => {
+                                        *ptr13
                                             .add(::core::mem::size_of::<*const u8>())
-                                            .cast::<u8>() = (3i32) as u8;
+                                            .cast::<u8>() = (1i32) as u8;
                                         let vec15 = (e.into_bytes()).into_boxed_slice();
                                         let ptr15 = vec15.as_ptr().cast::<u8>();
                                         let len15 = vec15.len();
                                         ::core::mem::forget(vec15);
-                                        *ptr11
+                                        *ptr13
                                             .add(3 * ::core::mem::size_of::<*const u8>())
                                             .cast::<usize>() = len15;
-                                        *ptr11
+                                        *ptr13
                                             .add(2 * ::core::mem::size_of::<*const u8>())
                                             .cast::<*mut u8>() = ptr15.cast_mut();
+                                    }
+                                    V18::Schema(e) => {
+                                        *ptr13
+                                            .add(::core::mem::size_of::<*const u8>())
+                                            .cast::<u8>() = (2i32) as u8;
+                                        let vec16 = (e.into_bytes()).into_boxed_slice();
+                                        let ptr16 = vec16.as_ptr().cast::<u8>();
+                                        let len16 = vec16.len();
+                                        ::core::mem::forget(vec16);
+                                        *ptr13
+                                            .add(3 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<usize>() = len16;
+                                        *ptr13
+                                            .add(2 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<*mut u8>() = ptr16.cast_mut();
+                                    }
+                                    V18::Other(e) => {
+                                        *ptr13
+                                            .add(::core::mem::size_of::<*const u8>())
+                                            .cast::<u8>() = (3i32) as u8;
+                                        let vec17 = (e.into_bytes()).into_boxed_slice();
+                                        let ptr17 = vec17.as_ptr().cast::<u8>();
+                                        let len17 = vec17.len();
+                                        ::core::mem::forget(vec17);
+                                        *ptr13
+                                            .add(3 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<usize>() = len17;
+                                        *ptr13
+                                            .add(2 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<*mut u8>() = ptr17.cast_mut();
                                     }
                                 }
                             }
                         };
-                        ptr11
+                        ptr13
                     }
                 }
                 #[doc(hidden)]
@@ -3110,10 +4915,10 @@ pub mod exports {
                         "tenon:device/virtio-device@0.1.0#start")] unsafe extern "C" fn
                         export_start(arg0 : * mut u8, arg1 : usize, arg2 : * mut u8, arg3
                         : usize, arg4 : * mut u8, arg5 : usize, arg6 : * mut u8, arg7 :
-                        usize, arg8 : * mut u8, arg9 : usize,) -> * mut u8 { unsafe {
-                        $($path_to_types)*:: _export_start_cabi::<$ty > (arg0, arg1,
-                        arg2, arg3, arg4, arg5, arg6, arg7, arg8, arg9) } } #[unsafe
-                        (export_name =
+                        usize, arg8 : * mut u8, arg9 : usize, arg10 : * mut u8, arg11 :
+                        usize,) -> * mut u8 { unsafe { $($path_to_types)*::
+                        _export_start_cabi::<$ty > (arg0, arg1, arg2, arg3, arg4, arg5,
+                        arg6, arg7, arg8, arg9, arg10, arg11) } } #[unsafe (export_name =
                         "cabi_post_tenon:device/virtio-device@0.1.0#start")] unsafe
                         extern "C" fn _post_return_start(arg0 : * mut u8,) { unsafe {
                         $($path_to_types)*:: __post_return_start::<$ty > (arg0) } }
@@ -3205,11 +5010,11 @@ pub mod exports {
                 struct _RetArea(
                     [::core::mem::MaybeUninit<
                         u8,
-                    >; 32 + 10 * ::core::mem::size_of::<*const u8>()],
+                    >; 32 + 12 * ::core::mem::size_of::<*const u8>()],
                 );
                 static mut _RET_AREA: _RetArea = _RetArea(
                     [::core::mem::MaybeUninit::uninit(); 32
-                        + 10 * ::core::mem::size_of::<*const u8>()],
+                        + 12 * ::core::mem::size_of::<*const u8>()],
                 );
             }
         }
@@ -3448,10 +5253,154 @@ macro_rules! __export_virtio_plugin_impl {
         (link_section =
         "component-type:wit-bindgen:0.61.1:tenon:device@0.1.0:virtio-plugin:imports and exports")]
         #[doc(hidden)] #[allow(clippy::octal_escapes)] pub static
-        __WIT_BINDGEN_COMPONENT_TYPE : [u8; 4190] = *
+        __WIT_BINDGEN_COMPONENT_TYPE : [u8; 5881] = *
         b"\
-\0asm\x0d\0\x01\0\0\x19\x16wit-component-encoding\x04\0\x07\xda\x1f\x01A\x02\x01\
-A%\x01B\x04\x01m\x05\x05error\x04warn\x04info\x05debug\x05trace\x04\0\x05level\x03\
+\0asm\x0d\0\x01\0\0\x19\x16wit-component-encoding\x04\0\x07\xf5,\x01A\x02\x01A(\x01\
+B\x04\x01m\x05\x05error\x04warn\x04info\x05debug\x05trace\x04\0\x05level\x03\0\0\
+\x01@\x02\x05level\x01\x07messages\x01\0\x04\0\x03log\x01\x02\x03\0\x16tenon:dev\
+ice/log@0.1.0\x05\0\x01B\x0a\x04\0\x05timer\x03\x01\x01h\0\x01@\x02\x04self\x01\x08\
+deadlinew\x01\0\x04\0\x11[method]timer.arm\x01\x02\x01@\x03\x04self\x01\x05first\
+w\x06periodw\x01\0\x04\0\x1a[method]timer.arm-periodic\x01\x03\x01@\x01\x04self\x01\
+\x01\0\x04\0\x14[method]timer.cancel\x01\x04\x01@\0\0w\x04\0\x03now\x01\x05\x03\0\
+\x17tenon:device/time@0.1.0\x05\x01\x01B\x02\x01@\0\0w\x04\0\x03now\x01\0\x03\0\x1d\
+tenon:device/wall-clock@0.1.0\x05\x02\x01B\x07\x04\0\x07channel\x03\x01\x01h\0\x01\
+p}\x01@\x02\x04self\x01\x05bytes\x02\0y\x04\0\x15[method]channel.write\x01\x03\x01\
+@\x02\x04self\x01\x03maxy\0\x02\x04\0\x14[method]channel.read\x01\x04\x03\0\x1bt\
+enon:device/channels@0.1.0\x05\x03\x02\x03\0\x03\x07channel\x01B\x13\x02\x03\x02\
+\x01\x04\x04\0\x07channel\x03\0\0\x01r\x02\x07requesty\x07writteny\x04\0\x06answ\
+er\x03\0\x02\x01p}\x01@\x03\x07requesty\x06offsety\x06lengthy\0\x04\x04\0\x04rea\
+d\x01\x05\x01@\x03\x07requesty\x06offsety\x05bytes\x04\0y\x04\0\x05write\x01\x06\
+\x01p\x03\x01@\x01\x07answers\x07\x01\0\x04\0\x08complete\x01\x08\x01h\x01\x01@\x04\
+\x07requesty\x06offsety\x06lengthy\x07channel\x09\0y\x04\0\x0ato-channel\x01\x0a\
+\x04\0\x0cfrom-channel\x01\x0a\x01@\0\x01\0\x04\0\x0econfig-changed\x01\x0b\x04\0\
+\x0bneeds-reset\x01\x0b\x03\0\x1btenon:device/requests@0.1.0\x05\x05\x01B\x0f\x01\
+r\x07\x04sizew\x0ablock-sizey\x0coptimal-sizey\x09read-only\x7f\x07discard\x7f\x0c\
+write-zeroes\x7f\x08identitys\x04\0\x0astore-info\x03\0\0\x01m\x05\x0cout-of-ran\
+ge\x09read-only\x08no-space\x0bunsupported\x02io\x04\0\x0bstore-error\x03\0\x02\x01\
+m\x06\x04read\x05write\x05flush\x07discard\x0cwrite-zeroes\x0cunmap-zeroes\x04\0\
+\x0eoperation-kind\x03\0\x04\x01r\x07\x07requesty\x04kind\x05\x06offsety\x06leng\
+thw\x08positionw\x07successw\x0esuccess-length}\x04\0\x09operation\x03\0\x06\x04\
+\0\x05store\x03\x01\x01h\x08\x01@\x01\x04self\x09\0\x01\x04\0\x12[method]store.i\
+nfo\x01\x0a\x01p\x07\x01@\x02\x04self\x09\x0aoperations\x0b\x01\0\x04\0\x13[meth\
+od]store.begin\x01\x0c\x03\0\x19tenon:device/stores@0.1.0\x05\x06\x01B\x13\x01n\x03\
+\x08checksum\x04tso4\x04tso6\x04\0\x08offloads\x03\0\0\x01p}\x01r\x05\x03mac\x02\
+\x03mtu{\x07link-up\x7f\x04send\x01\x07receive\x01\x04\0\x09port-info\x03\0\x03\x04\
+\0\x04port\x03\x01\x01h\x05\x01@\x01\x04self\x06\0\x04\x04\0\x11[method]port.inf\
+o\x01\x07\x01@\x02\x04self\x06\x08offloads\x01\x01\0\x04\0\x13[method]port.accep\
+t\x01\x08\x01py\x01@\x02\x04self\x06\x08requests\x09\x01\0\x04\0\x11[method]port\
+.send\x01\x0a\x01@\x02\x04self\x06\x03maxy\0\x09\x04\0\x14[method]port.waiting\x01\
+\x0b\x01p{\x01@\x03\x04self\x06\x06counts\x0c\x08requests\x09\x01\0\x04\0\x14[me\
+thod]port.receive\x01\x0d\x03\0\x18tenon:device/ports@0.1.0\x05\x07\x01B\x16\x01\
+ky\x01r\x06\x06numbery\x06wanted\0\x08readable\x7f\x05ended\x7f\x04deaf\x7f\x06u\
+nsenty\x04\0\x0cstream-state\x03\0\x01\x01r\x02\x05takeny\x06unsenty\x04\0\x04se\
+nt\x03\0\x03\x04\0\x06socket\x03\x01\x01h\x05\x01@\x02\x04self\x06\x04porty\0\0\x04\
+\0\x16[method]socket.connect\x01\x07\x01p\x02\x01@\x02\x04self\x06\x03maxy\0\x08\
+\x04\0\x13[method]socket.news\x01\x09\x01@\x03\x04self\x06\x06numbery\x04porty\x01\
+\0\x04\0\x15[method]socket.accept\x01\x0a\x01@\x05\x04self\x06\x07requesty\x06of\
+fsety\x06lengthy\x06numbery\0\x04\x04\0\x13[method]socket.send\x01\x0b\x01@\x05\x04\
+self\x06\x07requesty\x06offsety\x06lengthy\x06numbery\0y\x04\0\x16[method]socket\
+.receive\x01\x0c\x01@\x04\x04self\x06\x06numbery\x07receive\x7f\x04send\x7f\x01\0\
+\x04\0\x13[method]socket.shut\x01\x0d\x01@\x02\x04self\x06\x06numbery\x01\0\x04\0\
+\x14[method]socket.close\x01\x0e\x03\0\x1atenon:device/sockets@0.1.0\x05\x08\x01\
+B\x02\x01@\x03\x07requesty\x06offsety\x06lengthy\0y\x04\0\x04fill\x01\0\x03\0\x1a\
+tenon:device/entropy@0.1.0\x05\x09\x01B\x05\x01@\x01\x07requesty\0y\x04\0\x10rel\
+ease-numbered\x01\0\x04\0\x0brelease-own\x01\0\x01@\0\0w\x04\0\x0bmemory-size\x01\
+\x01\x03\0\x1etenon:device/guest-pages@0.1.0\x05\x0a\x01BG\x01w\x04\0\x04node\x03\
+\0\0\x01y\x04\0\x09open-file\x03\0\x02\x01r\x02\x07secondsx\x0bnanosecondsy\x04\0\
+\x09file-time\x03\0\x04\x01r\x0c\x05inodew\x04sizew\x06blocksw\x0ablock-sizey\x04\
+modey\x05linksy\x03uidy\x03gidy\x06devicey\x08accessed\x05\x08modified\x05\x07ch\
+anged\x05\x04\0\x0aattributes\x03\0\x06\x01r\x02\x04node\x01\x0aattributes\x07\x04\
+\0\x05entry\x03\0\x08\x01p}\x01k\x09\x01r\x05\x04nextw\x05inodew\x04kind}\x04nam\
+e\x0a\x05entry\x0b\x04\0\x04item\x03\0\x0c\x01r\x02\x06folder\x01\x04name\x0a\x04\
+\0\x05place\x03\0\x0e\x01r\x04\x05place\x0f\x04modey\x03uidy\x03gidy\x04\0\x08ne\
+w-file\x03\0\x10\x01n\x05\x04read\x05write\x06append\x08truncate\x04sync\x04\0\x06\
+access\x03\0\x12\x01q\x02\x03now\0\0\x02at\x01\x05\0\x04\0\x08new-time\x03\0\x14\
+\x01ky\x01kw\x01k\x15\x01r\x06\x04mode\x16\x03uid\x16\x03gid\x16\x04size\x17\x08\
+accessed\x18\x08modified\x18\x04\0\x07changes\x03\0\x19\x01m\x03\x07replace\x04k\
+eep\x08exchange\x04\0\x0arename-how\x03\0\x1b\x01m\x05\x06extend\x04keep\x05punc\
+h\x04zero\x09zero-keep\x04\0\x0callocate-how\x03\0\x1d\x01r\x04\x04file\x03\x06o\
+ffsety\x06lengthy\x08positionw\x04\0\x0afile-range\x03\0\x1f\x01k\x03\x01r\x02\x04\
+node\x01\x04file!\x04\0\x07subject\x03\0\"\x01r\x02\x07subject#\x07changes\x1a\x04\
+\0\x06change\x03\0$\x01r\x02\x03new\x11\x06target\x0a\x04\0\x08new-link\x03\0&\x01\
+r\x02\x04node\x01\x05place\x0f\x04\0\x0canother-name\x03\0(\x01r\x03\x06source\x0f\
+\x06target\x0f\x03how\x1c\x04\0\x08renaming\x03\0*\x01r\x02\x04node\x01\x06acces\
+s\x13\x04\0\x07opening\x03\0,\x01r\x03\x03new\x11\x06access\x13\x09exclusive\x7f\
+\x04\0\x08creation\x03\0.\x01r\x05\x04file\x03\x08positionw\x04roomy\x04eachy\x07\
+entries\x7f\x04\0\x07listing\x03\00\x01r\x02\x04file\x03\x09data-only\x7f\x04\0\x07\
+syncing\x03\02\x01r\x04\x04file\x03\x03how\x1e\x08positionw\x06lengthw\x04\0\x0a\
+allocation\x03\04\x01r\x03\x04file\x03\x08positionw\x04hole\x7f\x04\0\x06search\x03\
+\06\x01r\x07\x0ablock-sizey\x0bname-lengthy\x06blocksw\x04freew\x09availablew\x05\
+filesw\x0afiles-freew\x04\0\x0astatistics\x03\08\x01o\x02\x01w\x01p:\x01q\x18\x05\
+clear\0\0\x06forget\x01;\0\x07look-up\x01\x0f\0\x0aattributes\x01#\0\x06change\x01\
+%\0\x09read-link\x01\x01\0\x09make-file\x01\x11\0\x0bmake-folder\x01\x11\0\x09ma\
+ke-link\x01'\0\x04link\x01)\0\x06remove\x01\x0f\0\x0dremove-folder\x01\x0f\0\x06\
+rename\x01+\0\x04open\x01-\0\x06create\x01/\0\x0bopen-folder\x01\x01\0\x05names\x01\
+1\0\x04read\x01\x20\0\x05write\x01\x20\0\x04sync\x013\0\x08allocate\x015\0\x04se\
+ek\x017\0\x0astatistics\x01\x01\0\x05close\x01\x03\0\x04\0\x06action\x03\0<\x01o\
+\x02\x09\x03\x01p\x0d\x01q\x0a\x04done\0\0\x05entry\x01\x09\0\x0aattributes\x01\x07\
+\0\x06target\x01\x0a\0\x06opened\x01\x03\0\x07created\x01>\0\x05items\x01?\0\x05\
+moved\x01y\0\x08position\x01w\0\x0astatistics\x019\0\x04\0\x07outcome\x03\0@\x04\
+\0\x06folder\x03\x01\x01hB\x01j\x01\xc1\0\x01y\x01@\x03\x04self\xc3\0\x07request\
+y\x06action=\0\xc4\0\x04\0\x12[method]folder.act\x01E\x03\0\x1atenon:device/fold\
+ers@0.1.0\x05\x0b\x01B\x19\x01q\x04\x07invalid\x01s\0\x0bunsupported\x01s\0\x06s\
+chema\x01s\0\x05other\x01s\0\x04\0\x0aerror-code\x03\0\0\x01r\x02\x03keys\x05val\
+ues\x04\0\x07setting\x03\0\x02\x01m\x02\x03pio\x04mmio\x04\0\x05space\x03\0\x04\x01\
+kw\x01r\x04\x04names\x05space\x05\x04base\x06\x04sizew\x04\0\x06region\x03\0\x07\
+\x01m\x02\x04edge\x05level\x04\0\x07trigger\x03\0\x09\x01ky\x01r\x02\x03gsi\x0b\x07\
+trigger\x0a\x04\0\x0cline-request\x03\0\x0c\x01r\x02\x03hids\x03uidy\x04\0\x09ac\
+pi-node\x03\0\x0e\x01p\x08\x01p\x0d\x01ps\x01k\x0f\x01r\x05\x07regions\x10\x05li\
+nes\x11\x06timersy\x08channels\x12\x04acpi\x13\x04\0\x0bdescription\x03\0\x14\x01\
+p}\x01r\x02\x06schemay\x04data\x16\x04\0\x0bsaved-state\x03\0\x17\x03\0\x18tenon\
+:device/types@0.1.0\x05\x0c\x01B\x08\x01r\x03\x04names\x08max-size{\x04head{\x04\
+\0\x05queue\x03\0\0\x01p\x01\x01ps\x01r\x0a\x0bdevice-type{\x08featuresw\x06queu\
+es\x02\x0bconfig-size{\x06timersy\x08channels\x03\x06stores\x03\x05ports\x03\x07\
+sockets\x03\x07folders\x03\x04\0\x12virtio-description\x03\0\x04\x01r\x04\x06han\
+dley\x08readabley\x08writabley\x04heady\x04\0\x07request\x03\0\x06\x03\0\x1fteno\
+n:device/virtio-types@0.1.0\x05\x0d\x02\x03\0\x0b\x0aerror-code\x02\x03\0\x0b\x07\
+setting\x02\x03\0\x0b\x0bsaved-state\x02\x03\0\x0c\x12virtio-description\x02\x03\
+\0\x0c\x07request\x02\x03\0\x01\x05timer\x02\x03\0\x05\x05store\x02\x03\0\x05\x0b\
+store-error\x02\x03\0\x06\x04port\x02\x03\0\x07\x06socket\x02\x03\0\x0a\x06folde\
+r\x01BR\x02\x03\x02\x01\x0e\x04\0\x0aerror-code\x03\0\0\x02\x03\x02\x01\x0f\x04\0\
+\x07setting\x03\0\x02\x02\x03\x02\x01\x10\x04\0\x0bsaved-state\x03\0\x04\x02\x03\
+\x02\x01\x11\x04\0\x12virtio-description\x03\0\x06\x02\x03\x02\x01\x12\x04\0\x07\
+request\x03\0\x08\x02\x03\x02\x01\x13\x04\0\x05timer\x03\0\x0a\x02\x03\x02\x01\x04\
+\x04\0\x07channel\x03\0\x0c\x02\x03\x02\x01\x14\x04\0\x05store\x03\0\x0e\x02\x03\
+\x02\x01\x15\x04\0\x0bstore-error\x03\0\x10\x02\x03\x02\x01\x16\x04\0\x04port\x03\
+\0\x12\x02\x03\x02\x01\x17\x04\0\x06socket\x03\0\x14\x02\x03\x02\x01\x18\x04\0\x06\
+folder\x03\0\x16\x01i\x0b\x01p\x18\x01i\x0d\x01p\x1a\x01i\x0f\x01p\x1c\x01i\x13\x01\
+p\x1e\x01i\x15\x01p\x20\x01i\x17\x01p\"\x01r\x06\x06timers\x19\x08channels\x1b\x06\
+stores\x1d\x05ports\x1f\x07sockets!\x07folders#\x04\0\x11virtio-attachment\x03\0\
+$\x01k\x11\x01r\x02\x07requesty\x05error&\x04\0\x0eoperation-done\x03\0'\x01p\x03\
+\x01j\x01\x07\x01\x01\x01@\x01\x06config)\0*\x04\0\x08describe\x01+\x01j\0\x01\x01\
+\x01@\x01\x0aattachment%\0,\x04\0\x05start\x01-\x01@\x01\x08featuresw\0,\x04\0\x08\
+activate\x01.\x01@\x02\x06offsety\x04size}\0w\x04\0\x0bconfig-read\x01/\x01@\x03\
+\x06offsety\x04size}\x05valuew\x01\0\x04\0\x0cconfig-write\x010\x01p\x09\x01p}\x01\
+@\x03\x05queue{\x08requests1\x05heads2\x01\0\x04\0\x0erequests-ready\x013\x01p(\x01\
+@\x01\x04done4\x01\0\x04\0\x0foperations-done\x015\x01@\x01\x04porty\x01\0\x04\0\
+\x0aport-ready\x016\x04\0\x0cport-changed\x016\x01@\x01\x06sockety\x01\0\x04\0\x0c\
+socket-ready\x017\x01@\x01\x05storey\x01\0\x04\0\x0dstore-changed\x018\x01@\x01\x07\
+channely\x01\0\x04\0\x10channel-readable\x019\x04\0\x10channel-writable\x019\x01\
+@\x01\x05timery\x01\0\x04\0\x0btimer-fired\x01:\x01@\x01\x07setting\x03\0,\x04\0\
+\x06adjust\x01;\x01@\0\x01\0\x04\0\x05reset\x01<\x01j\x01\x05\x01\x01\x01@\0\0=\x04\
+\0\x04save\x01>\x01@\x01\x05state\x05\0,\x04\0\x07restore\x01?\x04\0\x20tenon:de\
+vice/virtio-device@0.1.0\x05\x19\x04\0\x20tenon:device/virtio-plugin@0.1.0\x04\0\
+\x0b\x13\x01\0\x0dvirtio-plugin\x03\0\0\0G\x09producers\x01\x0cprocessed-by\x02\x0d\
+wit-component\x070.258.3\x10wit-bindgen-rust\x060.61.1";
+        };
+    };
+}
+#[doc(inline)]
+pub use __export_virtio_plugin_impl as export;
+#[rustfmt::skip]
+#[cfg(target_arch = "wasm32")]
+#[unsafe(
+    link_section = "component-type:wit-bindgen:0.61.1:tenon:device@0.1.0:virtio-plugin-with-all-of-its-exports-removed:encoded world"
+)]
+#[doc(hidden)]
+#[allow(clippy::octal_escapes)]
+pub static __WIT_BINDGEN_COMPONENT_TYPE: [u8; 4844] = *b"\
+\0asm\x0d\0\x01\0\0\x19\x16wit-component-encoding\x04\0\x07\xc8$\x01A\x02\x01A\x1b\
+\x01B\x04\x01m\x05\x05error\x04warn\x04info\x05debug\x05trace\x04\0\x05level\x03\
 \0\0\x01@\x02\x05level\x01\x07messages\x01\0\x04\0\x03log\x01\x02\x03\0\x16tenon\
 :device/log@0.1.0\x05\0\x01B\x0a\x04\0\x05timer\x03\x01\x01h\0\x01@\x02\x04self\x01\
 \x08deadlinew\x01\0\x04\0\x11[method]timer.arm\x01\x02\x01@\x03\x04self\x01\x05f\
@@ -3500,130 +5449,61 @@ self\x06\x07requesty\x06offsety\x06lengthy\x06numbery\0y\x04\0\x16[method]socket
 B\x02\x01@\x03\x07requesty\x06offsety\x06lengthy\0y\x04\0\x04fill\x01\0\x03\0\x1a\
 tenon:device/entropy@0.1.0\x05\x09\x01B\x05\x01@\x01\x07requesty\0y\x04\0\x10rel\
 ease-numbered\x01\0\x04\0\x0brelease-own\x01\0\x01@\0\0w\x04\0\x0bmemory-size\x01\
-\x01\x03\0\x1etenon:device/guest-pages@0.1.0\x05\x0a\x01B\x19\x01q\x04\x07invali\
-d\x01s\0\x0bunsupported\x01s\0\x06schema\x01s\0\x05other\x01s\0\x04\0\x0aerror-c\
-ode\x03\0\0\x01r\x02\x03keys\x05values\x04\0\x07setting\x03\0\x02\x01m\x02\x03pi\
-o\x04mmio\x04\0\x05space\x03\0\x04\x01kw\x01r\x04\x04names\x05space\x05\x04base\x06\
-\x04sizew\x04\0\x06region\x03\0\x07\x01m\x02\x04edge\x05level\x04\0\x07trigger\x03\
-\0\x09\x01ky\x01r\x02\x03gsi\x0b\x07trigger\x0a\x04\0\x0cline-request\x03\0\x0c\x01\
-r\x02\x03hids\x03uidy\x04\0\x09acpi-node\x03\0\x0e\x01p\x08\x01p\x0d\x01ps\x01k\x0f\
-\x01r\x05\x07regions\x10\x05lines\x11\x06timersy\x08channels\x12\x04acpi\x13\x04\
-\0\x0bdescription\x03\0\x14\x01p}\x01r\x02\x06schemay\x04data\x16\x04\0\x0bsaved\
--state\x03\0\x17\x03\0\x18tenon:device/types@0.1.0\x05\x0b\x01B\x08\x01r\x03\x04\
-names\x08max-size{\x04head{\x04\0\x05queue\x03\0\0\x01p\x01\x01ps\x01r\x09\x0bde\
-vice-type{\x08featuresw\x06queues\x02\x0bconfig-size{\x06timersy\x08channels\x03\
-\x06stores\x03\x05ports\x03\x07sockets\x03\x04\0\x12virtio-description\x03\0\x04\
-\x01r\x04\x06handley\x08readabley\x08writabley\x04heady\x04\0\x07request\x03\0\x06\
-\x03\0\x1ftenon:device/virtio-types@0.1.0\x05\x0c\x02\x03\0\x0a\x0aerror-code\x02\
-\x03\0\x0a\x07setting\x02\x03\0\x0a\x0bsaved-state\x02\x03\0\x0b\x12virtio-descr\
-iption\x02\x03\0\x0b\x07request\x02\x03\0\x01\x05timer\x02\x03\0\x05\x05store\x02\
-\x03\0\x05\x0bstore-error\x02\x03\0\x06\x04port\x02\x03\0\x07\x06socket\x01BN\x02\
-\x03\x02\x01\x0d\x04\0\x0aerror-code\x03\0\0\x02\x03\x02\x01\x0e\x04\0\x07settin\
-g\x03\0\x02\x02\x03\x02\x01\x0f\x04\0\x0bsaved-state\x03\0\x04\x02\x03\x02\x01\x10\
-\x04\0\x12virtio-description\x03\0\x06\x02\x03\x02\x01\x11\x04\0\x07request\x03\0\
-\x08\x02\x03\x02\x01\x12\x04\0\x05timer\x03\0\x0a\x02\x03\x02\x01\x04\x04\0\x07c\
-hannel\x03\0\x0c\x02\x03\x02\x01\x13\x04\0\x05store\x03\0\x0e\x02\x03\x02\x01\x14\
-\x04\0\x0bstore-error\x03\0\x10\x02\x03\x02\x01\x15\x04\0\x04port\x03\0\x12\x02\x03\
-\x02\x01\x16\x04\0\x06socket\x03\0\x14\x01i\x0b\x01p\x16\x01i\x0d\x01p\x18\x01i\x0f\
-\x01p\x1a\x01i\x13\x01p\x1c\x01i\x15\x01p\x1e\x01r\x05\x06timers\x17\x08channels\
-\x19\x06stores\x1b\x05ports\x1d\x07sockets\x1f\x04\0\x11virtio-attachment\x03\0\x20\
-\x01k\x11\x01r\x02\x07requesty\x05error\"\x04\0\x0eoperation-done\x03\0#\x01p\x03\
-\x01j\x01\x07\x01\x01\x01@\x01\x06config%\0&\x04\0\x08describe\x01'\x01j\0\x01\x01\
-\x01@\x01\x0aattachment!\0(\x04\0\x05start\x01)\x01@\x01\x08featuresw\0(\x04\0\x08\
-activate\x01*\x01@\x02\x06offsety\x04size}\0w\x04\0\x0bconfig-read\x01+\x01@\x03\
-\x06offsety\x04size}\x05valuew\x01\0\x04\0\x0cconfig-write\x01,\x01p\x09\x01p}\x01\
-@\x03\x05queue{\x08requests-\x05heads.\x01\0\x04\0\x0erequests-ready\x01/\x01p$\x01\
-@\x01\x04done0\x01\0\x04\0\x0foperations-done\x011\x01@\x01\x04porty\x01\0\x04\0\
-\x0aport-ready\x012\x04\0\x0cport-changed\x012\x01@\x01\x06sockety\x01\0\x04\0\x0c\
-socket-ready\x013\x01@\x01\x05storey\x01\0\x04\0\x0dstore-changed\x014\x01@\x01\x07\
-channely\x01\0\x04\0\x10channel-readable\x015\x04\0\x10channel-writable\x015\x01\
-@\x01\x05timery\x01\0\x04\0\x0btimer-fired\x016\x01@\x01\x07setting\x03\0(\x04\0\
-\x06adjust\x017\x01@\0\x01\0\x04\0\x05reset\x018\x01j\x01\x05\x01\x01\x01@\0\09\x04\
-\0\x04save\x01:\x01@\x01\x05state\x05\0(\x04\0\x07restore\x01;\x04\0\x20tenon:de\
-vice/virtio-device@0.1.0\x05\x17\x04\0\x20tenon:device/virtio-plugin@0.1.0\x04\0\
-\x0b\x13\x01\0\x0dvirtio-plugin\x03\0\0\0G\x09producers\x01\x0cprocessed-by\x02\x0d\
-wit-component\x070.258.3\x10wit-bindgen-rust\x060.61.1";
-        };
-    };
-}
-#[doc(inline)]
-pub use __export_virtio_plugin_impl as export;
-#[rustfmt::skip]
-#[cfg(target_arch = "wasm32")]
-#[unsafe(
-    link_section = "component-type:wit-bindgen:0.61.1:tenon:device@0.1.0:virtio-plugin-with-all-of-its-exports-removed:encoded world"
-)]
-#[doc(hidden)]
-#[allow(clippy::octal_escapes)]
-pub static __WIT_BINDGEN_COMPONENT_TYPE: [u8; 3196] = *b"\
-\0asm\x0d\0\x01\0\0\x19\x16wit-component-encoding\x04\0\x07\xd8\x17\x01A\x02\x01\
-A\x19\x01B\x04\x01m\x05\x05error\x04warn\x04info\x05debug\x05trace\x04\0\x05leve\
-l\x03\0\0\x01@\x02\x05level\x01\x07messages\x01\0\x04\0\x03log\x01\x02\x03\0\x16\
-tenon:device/log@0.1.0\x05\0\x01B\x0a\x04\0\x05timer\x03\x01\x01h\0\x01@\x02\x04\
-self\x01\x08deadlinew\x01\0\x04\0\x11[method]timer.arm\x01\x02\x01@\x03\x04self\x01\
-\x05firstw\x06periodw\x01\0\x04\0\x1a[method]timer.arm-periodic\x01\x03\x01@\x01\
-\x04self\x01\x01\0\x04\0\x14[method]timer.cancel\x01\x04\x01@\0\0w\x04\0\x03now\x01\
-\x05\x03\0\x17tenon:device/time@0.1.0\x05\x01\x01B\x02\x01@\0\0w\x04\0\x03now\x01\
-\0\x03\0\x1dtenon:device/wall-clock@0.1.0\x05\x02\x01B\x07\x04\0\x07channel\x03\x01\
-\x01h\0\x01p}\x01@\x02\x04self\x01\x05bytes\x02\0y\x04\0\x15[method]channel.writ\
-e\x01\x03\x01@\x02\x04self\x01\x03maxy\0\x02\x04\0\x14[method]channel.read\x01\x04\
-\x03\0\x1btenon:device/channels@0.1.0\x05\x03\x02\x03\0\x03\x07channel\x01B\x13\x02\
-\x03\x02\x01\x04\x04\0\x07channel\x03\0\0\x01r\x02\x07requesty\x07writteny\x04\0\
-\x06answer\x03\0\x02\x01p}\x01@\x03\x07requesty\x06offsety\x06lengthy\0\x04\x04\0\
-\x04read\x01\x05\x01@\x03\x07requesty\x06offsety\x05bytes\x04\0y\x04\0\x05write\x01\
-\x06\x01p\x03\x01@\x01\x07answers\x07\x01\0\x04\0\x08complete\x01\x08\x01h\x01\x01\
-@\x04\x07requesty\x06offsety\x06lengthy\x07channel\x09\0y\x04\0\x0ato-channel\x01\
-\x0a\x04\0\x0cfrom-channel\x01\x0a\x01@\0\x01\0\x04\0\x0econfig-changed\x01\x0b\x04\
-\0\x0bneeds-reset\x01\x0b\x03\0\x1btenon:device/requests@0.1.0\x05\x05\x01B\x0f\x01\
-r\x07\x04sizew\x0ablock-sizey\x0coptimal-sizey\x09read-only\x7f\x07discard\x7f\x0c\
-write-zeroes\x7f\x08identitys\x04\0\x0astore-info\x03\0\0\x01m\x05\x0cout-of-ran\
-ge\x09read-only\x08no-space\x0bunsupported\x02io\x04\0\x0bstore-error\x03\0\x02\x01\
-m\x06\x04read\x05write\x05flush\x07discard\x0cwrite-zeroes\x0cunmap-zeroes\x04\0\
-\x0eoperation-kind\x03\0\x04\x01r\x07\x07requesty\x04kind\x05\x06offsety\x06leng\
-thw\x08positionw\x07successw\x0esuccess-length}\x04\0\x09operation\x03\0\x06\x04\
-\0\x05store\x03\x01\x01h\x08\x01@\x01\x04self\x09\0\x01\x04\0\x12[method]store.i\
-nfo\x01\x0a\x01p\x07\x01@\x02\x04self\x09\x0aoperations\x0b\x01\0\x04\0\x13[meth\
-od]store.begin\x01\x0c\x03\0\x19tenon:device/stores@0.1.0\x05\x06\x01B\x13\x01n\x03\
-\x08checksum\x04tso4\x04tso6\x04\0\x08offloads\x03\0\0\x01p}\x01r\x05\x03mac\x02\
-\x03mtu{\x07link-up\x7f\x04send\x01\x07receive\x01\x04\0\x09port-info\x03\0\x03\x04\
-\0\x04port\x03\x01\x01h\x05\x01@\x01\x04self\x06\0\x04\x04\0\x11[method]port.inf\
-o\x01\x07\x01@\x02\x04self\x06\x08offloads\x01\x01\0\x04\0\x13[method]port.accep\
-t\x01\x08\x01py\x01@\x02\x04self\x06\x08requests\x09\x01\0\x04\0\x11[method]port\
-.send\x01\x0a\x01@\x02\x04self\x06\x03maxy\0\x09\x04\0\x14[method]port.waiting\x01\
-\x0b\x01p{\x01@\x03\x04self\x06\x06counts\x0c\x08requests\x09\x01\0\x04\0\x14[me\
-thod]port.receive\x01\x0d\x03\0\x18tenon:device/ports@0.1.0\x05\x07\x01B\x16\x01\
-ky\x01r\x06\x06numbery\x06wanted\0\x08readable\x7f\x05ended\x7f\x04deaf\x7f\x06u\
-nsenty\x04\0\x0cstream-state\x03\0\x01\x01r\x02\x05takeny\x06unsenty\x04\0\x04se\
-nt\x03\0\x03\x04\0\x06socket\x03\x01\x01h\x05\x01@\x02\x04self\x06\x04porty\0\0\x04\
-\0\x16[method]socket.connect\x01\x07\x01p\x02\x01@\x02\x04self\x06\x03maxy\0\x08\
-\x04\0\x13[method]socket.news\x01\x09\x01@\x03\x04self\x06\x06numbery\x04porty\x01\
-\0\x04\0\x15[method]socket.accept\x01\x0a\x01@\x05\x04self\x06\x07requesty\x06of\
-fsety\x06lengthy\x06numbery\0\x04\x04\0\x13[method]socket.send\x01\x0b\x01@\x05\x04\
-self\x06\x07requesty\x06offsety\x06lengthy\x06numbery\0y\x04\0\x16[method]socket\
-.receive\x01\x0c\x01@\x04\x04self\x06\x06numbery\x07receive\x7f\x04send\x7f\x01\0\
-\x04\0\x13[method]socket.shut\x01\x0d\x01@\x02\x04self\x06\x06numbery\x01\0\x04\0\
-\x14[method]socket.close\x01\x0e\x03\0\x1atenon:device/sockets@0.1.0\x05\x08\x01\
-B\x02\x01@\x03\x07requesty\x06offsety\x06lengthy\0y\x04\0\x04fill\x01\0\x03\0\x1a\
-tenon:device/entropy@0.1.0\x05\x09\x01B\x05\x01@\x01\x07requesty\0y\x04\0\x10rel\
-ease-numbered\x01\0\x04\0\x0brelease-own\x01\0\x01@\0\0w\x04\0\x0bmemory-size\x01\
-\x01\x03\0\x1etenon:device/guest-pages@0.1.0\x05\x0a\x01B\x19\x01q\x04\x07invali\
-d\x01s\0\x0bunsupported\x01s\0\x06schema\x01s\0\x05other\x01s\0\x04\0\x0aerror-c\
-ode\x03\0\0\x01r\x02\x03keys\x05values\x04\0\x07setting\x03\0\x02\x01m\x02\x03pi\
-o\x04mmio\x04\0\x05space\x03\0\x04\x01kw\x01r\x04\x04names\x05space\x05\x04base\x06\
-\x04sizew\x04\0\x06region\x03\0\x07\x01m\x02\x04edge\x05level\x04\0\x07trigger\x03\
-\0\x09\x01ky\x01r\x02\x03gsi\x0b\x07trigger\x0a\x04\0\x0cline-request\x03\0\x0c\x01\
-r\x02\x03hids\x03uidy\x04\0\x09acpi-node\x03\0\x0e\x01p\x08\x01p\x0d\x01ps\x01k\x0f\
-\x01r\x05\x07regions\x10\x05lines\x11\x06timersy\x08channels\x12\x04acpi\x13\x04\
-\0\x0bdescription\x03\0\x14\x01p}\x01r\x02\x06schemay\x04data\x16\x04\0\x0bsaved\
--state\x03\0\x17\x03\0\x18tenon:device/types@0.1.0\x05\x0b\x01B\x08\x01r\x03\x04\
-names\x08max-size{\x04head{\x04\0\x05queue\x03\0\0\x01p\x01\x01ps\x01r\x09\x0bde\
-vice-type{\x08featuresw\x06queues\x02\x0bconfig-size{\x06timersy\x08channels\x03\
-\x06stores\x03\x05ports\x03\x07sockets\x03\x04\0\x12virtio-description\x03\0\x04\
-\x01r\x04\x06handley\x08readabley\x08writabley\x04heady\x04\0\x07request\x03\0\x06\
-\x03\0\x1ftenon:device/virtio-types@0.1.0\x05\x0c\x04\0@tenon:device/virtio-plug\
-in-with-all-of-its-exports-removed@0.1.0\x04\0\x0b3\x01\0-virtio-plugin-with-all\
--of-its-exports-removed\x03\0\0\0G\x09producers\x01\x0cprocessed-by\x02\x0dwit-c\
-omponent\x070.258.3\x10wit-bindgen-rust\x060.61.1";
+\x01\x03\0\x1etenon:device/guest-pages@0.1.0\x05\x0a\x01BG\x01w\x04\0\x04node\x03\
+\0\0\x01y\x04\0\x09open-file\x03\0\x02\x01r\x02\x07secondsx\x0bnanosecondsy\x04\0\
+\x09file-time\x03\0\x04\x01r\x0c\x05inodew\x04sizew\x06blocksw\x0ablock-sizey\x04\
+modey\x05linksy\x03uidy\x03gidy\x06devicey\x08accessed\x05\x08modified\x05\x07ch\
+anged\x05\x04\0\x0aattributes\x03\0\x06\x01r\x02\x04node\x01\x0aattributes\x07\x04\
+\0\x05entry\x03\0\x08\x01p}\x01k\x09\x01r\x05\x04nextw\x05inodew\x04kind}\x04nam\
+e\x0a\x05entry\x0b\x04\0\x04item\x03\0\x0c\x01r\x02\x06folder\x01\x04name\x0a\x04\
+\0\x05place\x03\0\x0e\x01r\x04\x05place\x0f\x04modey\x03uidy\x03gidy\x04\0\x08ne\
+w-file\x03\0\x10\x01n\x05\x04read\x05write\x06append\x08truncate\x04sync\x04\0\x06\
+access\x03\0\x12\x01q\x02\x03now\0\0\x02at\x01\x05\0\x04\0\x08new-time\x03\0\x14\
+\x01ky\x01kw\x01k\x15\x01r\x06\x04mode\x16\x03uid\x16\x03gid\x16\x04size\x17\x08\
+accessed\x18\x08modified\x18\x04\0\x07changes\x03\0\x19\x01m\x03\x07replace\x04k\
+eep\x08exchange\x04\0\x0arename-how\x03\0\x1b\x01m\x05\x06extend\x04keep\x05punc\
+h\x04zero\x09zero-keep\x04\0\x0callocate-how\x03\0\x1d\x01r\x04\x04file\x03\x06o\
+ffsety\x06lengthy\x08positionw\x04\0\x0afile-range\x03\0\x1f\x01k\x03\x01r\x02\x04\
+node\x01\x04file!\x04\0\x07subject\x03\0\"\x01r\x02\x07subject#\x07changes\x1a\x04\
+\0\x06change\x03\0$\x01r\x02\x03new\x11\x06target\x0a\x04\0\x08new-link\x03\0&\x01\
+r\x02\x04node\x01\x05place\x0f\x04\0\x0canother-name\x03\0(\x01r\x03\x06source\x0f\
+\x06target\x0f\x03how\x1c\x04\0\x08renaming\x03\0*\x01r\x02\x04node\x01\x06acces\
+s\x13\x04\0\x07opening\x03\0,\x01r\x03\x03new\x11\x06access\x13\x09exclusive\x7f\
+\x04\0\x08creation\x03\0.\x01r\x05\x04file\x03\x08positionw\x04roomy\x04eachy\x07\
+entries\x7f\x04\0\x07listing\x03\00\x01r\x02\x04file\x03\x09data-only\x7f\x04\0\x07\
+syncing\x03\02\x01r\x04\x04file\x03\x03how\x1e\x08positionw\x06lengthw\x04\0\x0a\
+allocation\x03\04\x01r\x03\x04file\x03\x08positionw\x04hole\x7f\x04\0\x06search\x03\
+\06\x01r\x07\x0ablock-sizey\x0bname-lengthy\x06blocksw\x04freew\x09availablew\x05\
+filesw\x0afiles-freew\x04\0\x0astatistics\x03\08\x01o\x02\x01w\x01p:\x01q\x18\x05\
+clear\0\0\x06forget\x01;\0\x07look-up\x01\x0f\0\x0aattributes\x01#\0\x06change\x01\
+%\0\x09read-link\x01\x01\0\x09make-file\x01\x11\0\x0bmake-folder\x01\x11\0\x09ma\
+ke-link\x01'\0\x04link\x01)\0\x06remove\x01\x0f\0\x0dremove-folder\x01\x0f\0\x06\
+rename\x01+\0\x04open\x01-\0\x06create\x01/\0\x0bopen-folder\x01\x01\0\x05names\x01\
+1\0\x04read\x01\x20\0\x05write\x01\x20\0\x04sync\x013\0\x08allocate\x015\0\x04se\
+ek\x017\0\x0astatistics\x01\x01\0\x05close\x01\x03\0\x04\0\x06action\x03\0<\x01o\
+\x02\x09\x03\x01p\x0d\x01q\x0a\x04done\0\0\x05entry\x01\x09\0\x0aattributes\x01\x07\
+\0\x06target\x01\x0a\0\x06opened\x01\x03\0\x07created\x01>\0\x05items\x01?\0\x05\
+moved\x01y\0\x08position\x01w\0\x0astatistics\x019\0\x04\0\x07outcome\x03\0@\x04\
+\0\x06folder\x03\x01\x01hB\x01j\x01\xc1\0\x01y\x01@\x03\x04self\xc3\0\x07request\
+y\x06action=\0\xc4\0\x04\0\x12[method]folder.act\x01E\x03\0\x1atenon:device/fold\
+ers@0.1.0\x05\x0b\x01B\x19\x01q\x04\x07invalid\x01s\0\x0bunsupported\x01s\0\x06s\
+chema\x01s\0\x05other\x01s\0\x04\0\x0aerror-code\x03\0\0\x01r\x02\x03keys\x05val\
+ues\x04\0\x07setting\x03\0\x02\x01m\x02\x03pio\x04mmio\x04\0\x05space\x03\0\x04\x01\
+kw\x01r\x04\x04names\x05space\x05\x04base\x06\x04sizew\x04\0\x06region\x03\0\x07\
+\x01m\x02\x04edge\x05level\x04\0\x07trigger\x03\0\x09\x01ky\x01r\x02\x03gsi\x0b\x07\
+trigger\x0a\x04\0\x0cline-request\x03\0\x0c\x01r\x02\x03hids\x03uidy\x04\0\x09ac\
+pi-node\x03\0\x0e\x01p\x08\x01p\x0d\x01ps\x01k\x0f\x01r\x05\x07regions\x10\x05li\
+nes\x11\x06timersy\x08channels\x12\x04acpi\x13\x04\0\x0bdescription\x03\0\x14\x01\
+p}\x01r\x02\x06schemay\x04data\x16\x04\0\x0bsaved-state\x03\0\x17\x03\0\x18tenon\
+:device/types@0.1.0\x05\x0c\x01B\x08\x01r\x03\x04names\x08max-size{\x04head{\x04\
+\0\x05queue\x03\0\0\x01p\x01\x01ps\x01r\x0a\x0bdevice-type{\x08featuresw\x06queu\
+es\x02\x0bconfig-size{\x06timersy\x08channels\x03\x06stores\x03\x05ports\x03\x07\
+sockets\x03\x07folders\x03\x04\0\x12virtio-description\x03\0\x04\x01r\x04\x06han\
+dley\x08readabley\x08writabley\x04heady\x04\0\x07request\x03\0\x06\x03\0\x1fteno\
+n:device/virtio-types@0.1.0\x05\x0d\x04\0@tenon:device/virtio-plugin-with-all-of\
+-its-exports-removed@0.1.0\x04\0\x0b3\x01\0-virtio-plugin-with-all-of-its-export\
+s-removed\x03\0\0\0G\x09producers\x01\x0cprocessed-by\x02\x0dwit-component\x070.\
+258.3\x10wit-bindgen-rust\x060.61.1";
 #[inline(never)]
 #[doc(hidden)]
 pub fn __link_custom_section_describing_imports() {

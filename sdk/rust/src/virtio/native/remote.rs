@@ -3,8 +3,8 @@
 use std::ffi::c_void;
 
 use tenon_abi::{
-    Answer, Bytes, Handle, Level, Offloads, PortInfo, Request, RequestOperation, Sent, Sink, StoreInfo,
-    StreamRecord, StreamState, VirtioHost, wire,
+    Answer, Bytes, Errno, FolderAction, FolderOutcome, Handle, Level, Offloads, PortInfo, Request,
+    RequestOperation, Sent, Sink, StoreInfo, StreamRecord, StreamState, VirtioHost, wire,
 };
 
 use crate::device::hosted as device;
@@ -252,5 +252,21 @@ impl hosted::Host for Remote {
     fn memory_size(&self) -> u64 {
         // SAFETY: see above.
         unsafe { (self.table().guest_pages_memory_size)(self.context) }
+    }
+
+    fn folder_act(
+        &self,
+        folder: u32,
+        request: Handle,
+        action: &FolderAction,
+    ) -> Result<FolderOutcome, Errno> {
+        let (action, mut output) = (wire::encode_folder_action(action), Vec::new());
+        let (action, sink) = (Bytes::new(&action), Sink::to(&mut output));
+        // SAFETY: see above.
+        match unsafe { (self.table().folder_act)(self.context, folder, request, action, sink) } {
+            // Nothing, after a misdeed: the host ends the instance when this call has returned.
+            0 => wire::decode_folder_outcome(&output).map_err(|_| Errno::IO),
+            error => Err(Errno(error)),
+        }
     }
 }
