@@ -194,6 +194,48 @@ fn a_guest_goes_on_when_nobody_reads_its_console() {
 }
 
 #[test]
+fn a_flood_on_a_console_that_nobody_reads_is_dropped_and_takes_no_memory() {
+    let mut flood = Command::new(program())
+        .args([
+            "run",
+            "--engine",
+            "soft",
+            "--memory",
+            "64M",
+            "--device",
+            "exit",
+            "--cmdline",
+            "bytes=3000000",
+        ])
+        .arg("--kernel")
+        .arg(bare("flood"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the command starts");
+    // Nothing is read until it says that it drops what the guest prints.
+    let mut errors = BufReader::new(flood.stderr.take().expect("a pipe"));
+    let (mut line, mut dropped) = (String::new(), false);
+    while !dropped && errors.read_line(&mut line).expect("a pipe") > 0 {
+        dropped = line.contains("output is dropped");
+    }
+    assert!(dropped, "{line}");
+    let (mut console, mut bytes) = (flood.stdout.take().expect("a pipe"), [0; 4096]);
+    let (mut printed, mut peak) = (0, 0);
+    while let Ok(count @ 1..) = console.read(&mut bytes) {
+        printed += count;
+        let status = std::fs::read_to_string(format!("/proc/{}/status", flood.id())).unwrap_or_default();
+        let most = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
+        peak = peak.max(most.and_then(|kib| kib.parse().ok()).unwrap_or(0));
+    }
+    assert_eq!(flood.wait().expect("the status").code(), Some(0));
+    assert!(printed > 4096 && printed < 3_000_000, "{printed} bytes were printed");
+    // The guest's memory of which it uses little, the program, and buffers.
+    assert!(peak > 1024 && peak < 64 << 10, "{peak} KiB at most");
+}
+
+#[test]
 fn a_log_in_a_file_has_no_colours() {
     let outcome = Tenon::bare("first", "soft").args(["--log", "debug"]).outcome();
     assert!(outcome.stderr.contains("DEBUG"), "{}", outcome.all());
