@@ -19,7 +19,7 @@ const SEND: u16 = 1;
 const DEPTH: usize = 64;
 /// What stands before each frame.
 const HEADER: usize = 12;
-const LONGEST: usize = 1514;
+const LONGEST: u64 = 1514;
 /// For experiments within one site; nobody answers it.
 const LOCAL_EXPERIMENTAL: [u8; 2] = [0x88, 0xb5];
 
@@ -44,11 +44,11 @@ fn main(machine: &Machine) {
         finish()
     };
     while device.config(0) & LINK_UP == 0 {}
-    let number = |key, default| machine.number(key).unwrap_or(default) as usize;
+    let number = |key, default| machine.number(key).unwrap_or(default);
     let job = Job {
-        count: number("count", 1000) as u64,
-        size: number("size", 60).clamp(60, LONGEST),
-        depth: number("depth", DEPTH).clamp(1, DEPTH),
+        count: number("count", 1000),
+        size: number("size", 60).clamp(60, LONGEST) as usize,
+        depth: number("depth", DEPTH as u64).clamp(1, DEPTH as u64) as usize,
         done: 0,
         device,
     };
@@ -73,8 +73,9 @@ fn end() -> ! {
 
 impl Job {
     fn start(&mut self, slot: usize) {
-        let frame = &raw mut (*FRAMES.at()).0[slot];
         // SAFETY: the slot is not under way.
+        let frame = unsafe { &raw mut (*FRAMES.at()).0[slot] };
+        // SAFETY: as above.
         unsafe {
             // To everybody, from a local address.
             (frame.cast::<u8>()).add(HEADER).write_bytes(0xff, 6);
