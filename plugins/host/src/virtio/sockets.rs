@@ -50,6 +50,6 @@ impl VirtioServices {
 
     /// A new instance has no streams. Whether the old one had any.
     pub(super) fn clear_sockets(&self) -> bool {
-        self.sockets.iter().fold(false, |had, socket| socket.clear() || had)
+        self.sockets.iter().filter(|socket| socket.clear()).count() > 0
     }
 }
