@@ -42,7 +42,7 @@ pub(crate) struct Connection {
     given: u32,
     peer_forwarded: u32,
     peer_room: u32,
-    /// The guest was asked for credit, and has said nothing since.
+    /// The guest was asked for credit, and has given none since.
     credit_asked: bool,
     /// Bytes of the guest that were taken, how many of them wait in the host, and how many it was told were passed on.
     taken: u32,
@@ -99,7 +99,8 @@ impl Connection {
     /// Takes over what a packet of the guest says of its credit.
     pub(crate) fn note_credit(&mut self, header: &Header) {
         (self.peer_room, self.peer_forwarded) = (header.room, header.forwarded);
-        self.credit_asked = false;
+        // One that has no room says so when it has some; asking again and again would bring the same answer.
+        self.credit_asked &= self.credit() == 0;
     }
 
     /// The guest wants to know its credit.

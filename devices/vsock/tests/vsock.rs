@@ -360,6 +360,8 @@ fn the_guest_is_given_no_more_than_it_has_room_for() {
     assert_eq!(packets[2].op, CREDIT_REQUEST);
     guest.outside().push(stream, b"!");
     assert!(guest.heard().is_empty(), "it is asked once");
+    guest.say(&Packet { room: 5000, ..Packet::new(CREDIT_UPDATE, 7000, 80) });
+    assert!(guest.heard().is_empty(), "nor is it asked again when it has none");
     assert_eq!(guest.outside().pending(stream), 4001);
     guest.say(&Packet { room: 5000, forwarded: 5000, ..Packet::new(CREDIT_UPDATE, 7000, 80) });
     let more = guest.heard_one();
