@@ -472,6 +472,8 @@ impl Keeper {
             services.base.forget();
             services.base.prepare();
             services.base.settle();
+            // Programs outside need not wait for it.
+            services.clear_sockets();
             services.needs_reset();
         }
         tracing::error!(
