@@ -3,8 +3,8 @@
 //! Bytes do not pass through the plugin: it reads the headers of packets, and moves what follows them between requests and streams.
 //!
 //! - **Nothing grows.** A connection is a stream, of which there are at most 1024; what it has still to say is kept in it. Resets that belong to no connection wait in a
-//!   list of [`RESETS`]; when it is full, the guest's packets and the news from outside wait where they are.
-//! - **A connection holds up none but itself**: bytes for a program that does not read are kept by the host, up to [`connection::KEPT`], which is the credit that the guest gets. A guest
+//!   list of `RESETS`; when it is full, the guest's packets and the news from outside wait where they are.
+//! - **A connection holds up none but itself**: bytes for a program that does not read are kept by the host, up to `connection::KEPT`, which is the credit that the guest gets. A guest
 //!   that sends more loses the connection.
 //! - **Connections do not outlive the instance.** A restored device has none: the guest is told so by the event of a transport reset (§5.10.6.7), and by a reset for each packet that
 //!   it sends for one. Programs outside see their streams end.
