@@ -1,4 +1,6 @@
 //! What a device asks of its folder, done.
+//!
+//! Long for the actions of the contract: each is short, and all work on the same nodes and files.
 
 use std::fs::File;
 use std::mem::MaybeUninit;
@@ -75,6 +77,12 @@ impl Folder {
     pub fn counts(&self) -> (usize, usize, usize) {
         let (known, held) = self.nodes.counts();
         (known, held, self.files.count())
+    }
+
+    /// How many nodes have a descriptor at most, and how many files are open at most: [`MOST_HELD`] and [`MOST_FILES`], or an eighth of what this process could open when this was made.
+    #[must_use]
+    pub fn limits(&self) -> (usize, usize) {
+        (self.nodes.most_held(), self.files.most())
     }
 
     /// The descriptor by which data of an open file is read, or written to `position` and `length` bytes on.

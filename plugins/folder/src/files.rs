@@ -38,6 +38,11 @@ impl Files {
         Self { open: HashMap::new(), next: 0, most }
     }
 
+    /// The most.
+    pub(crate) fn most(&self) -> usize {
+        self.most
+    }
+
     /// There is room for one more.
     pub(crate) fn check_room(&self) -> Result<(), Errno> {
         if self.open.len() < self.most { Ok(()) } else { Err(Errno::NFILE) }

@@ -84,6 +84,11 @@ impl Nodes {
         self.held.clear();
     }
 
+    /// The most that have a descriptor.
+    pub(crate) fn most_held(&self) -> usize {
+        self.most_held
+    }
+
     /// How many there are, and how many have a descriptor.
     pub(crate) fn counts(&self) -> (usize, usize) {
         (self.known.len(), self.known.values().filter(|node| node.fd.is_some()).count())

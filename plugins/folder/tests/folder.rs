@@ -12,7 +12,6 @@ use tenon_abi::{
     Access, AllocateHow, Changes, Errno, FileTime, FolderAction as A, FolderOutcome as O, NewTime, Node,
     RenameHow,
 };
-use tenon_folder::{MOST_FILES, MOST_HELD};
 
 #[test]
 fn files_are_made_written_read_and_removed() {
@@ -219,7 +218,8 @@ fn space_holes_and_the_file_system_are_told() {
 fn more_nodes_than_descriptors_are_found_again_by_name_and_only_as_what_they_were() {
     tenon_folder::raise_open_files();
     let mut share = Share::new();
-    let count = MOST_HELD + 500;
+    let (most_held, _) = share.folder.limits();
+    let count = most_held + 500;
     let folder = entry(share.act(A::MakeFolder(new(Node::ROOT, "folder", 0o755)))).unwrap().node;
     let mut nodes = Vec::new();
     for n in 0..count {
@@ -228,7 +228,7 @@ fn more_nodes_than_descriptors_are_found_again_by_name_and_only_as_what_they_wer
         nodes.push(share.look_up(folder, &name).unwrap());
     }
     let (known, held, _) = share.folder.counts();
-    assert_eq!((known, held), (count + 1, MOST_HELD));
+    assert_eq!((known, held), (count + 1, most_held));
     // The guest renames the folder, and files in it; one is removed, one replaced by the host.
     share
         .act(A::Rename {
@@ -251,7 +251,7 @@ fn more_nodes_than_descriptors_are_found_again_by_name_and_only_as_what_they_wer
         }
     }
     let (_, held, _) = share.folder.counts();
-    assert!(held <= MOST_HELD);
+    assert!(held <= most_held);
     let forget = nodes.iter().map(|entry| (entry.node, 1)).collect();
     share.act(A::Forget(forget)).unwrap();
     assert_eq!(share.folder.counts(), (1, 1, 0));
@@ -263,7 +263,8 @@ fn open_files_are_bounded() {
     let mut share = Share::new();
     fs::write(share.path("file"), "").unwrap();
     let node = share.look_up(Node::ROOT, "file").unwrap().node;
-    let files: Vec<_> = (0..MOST_FILES).map(|_| share.open_file(node, READ).unwrap()).collect();
+    let (_, most) = share.folder.limits();
+    let files: Vec<_> = (0..most).map(|_| share.open_file(node, READ).unwrap()).collect();
     assert_eq!(share.open_file(node, READ), Err(Errno::NFILE));
     let create = A::Create { new: new(Node::ROOT, "new", 0o644), access: WRITE, exclusive: true };
     assert_eq!(share.act(create), Err(Errno::NFILE));
