@@ -111,7 +111,7 @@ fn a_disk_is_made_once_and_grows() {
         refused(&["disk", "create", &disk, "--size", "8M"], 1, &["disk", "exists"]);
         assert!(fs::read(place.path("disk")).expect("the disk") == before, "{stores}: it was made again");
         let size = info(&disk)["size"].as_u64().expect("a size");
-        assert!(size >= 7 << 20 && size <= 8 << 20, "{stores}: {size}");
+        assert!((7 << 20..=8 << 20).contains(&size), "{stores}: {size}");
         place.does(&["disk", "resize", &disk, "16M"]);
         assert!(info(&disk)["size"].as_u64().expect("a size") >= 15 << 20, "{stores}");
         refused(&["disk", "resize", &disk, "8M"], 2, &["lose", "convert"]);

@@ -1,5 +1,7 @@
 //! Virtio devices: how a transport, a store's outcomes, the clock and the outside reach a plugin that answers requests.
 //!
+//! Long for the one thing that a machine attaches: what it is made of, checked, and what is asked of it.
+//!
 //! # Threads and locks
 //!
 //! Each device has one thread ([`worker`]), which owns its queues and makes every call but reads and writes of the configuration space; those come on the vCPU's
