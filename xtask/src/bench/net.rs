@@ -1,7 +1,7 @@
 //! What a virtio network card sends: the component against the same source as a native library.
 //!
 //! Frames: a bare guest sends from ring 3 and polls, and a socket here counts what arrives; the time of a run with one frame is taken off. The guest is faster than the socket: what counts
-//! is what the card took, and every frame that did not arrive must have been counted as dropped. TCP: Debian on the software engine sends
+//! is what the card took; the others are dropped, or under way when the machine ends. TCP: Debian on the software engine sends
 //! to a socket here through the user network, so that the guest's and the host's TCP are in the figure.
 
 use std::io::{ErrorKind, Read};
@@ -126,7 +126,7 @@ fn send_frames(guest: &Path, engine: &str, size: u32, count: u32, native: bool) 
     let summary = summary_of(&mut command)?;
     let arrived = counting.join().map_err(|_| anyhow!("the counting thread fell"))??;
     let card = summary.virtio("virtio-net").context("the machine has no network card")?;
-    if arrived + card.dropped_frames != u64::from(count) {
+    if arrived + card.dropped_frames > u64::from(count) {
         bail!("{arrived} of {count} frames arrived, and {} were dropped", card.dropped_frames);
     }
     Ok(summary)
