@@ -221,9 +221,10 @@ fn compile(folder: &Path, target: Option<&str>, options: &BuildOptions) -> Resul
     // Names are kept for backtraces; the rest of the debugging information would be most of the file.
     command.env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo");
     match target {
-        Some(target) => command.arg("--target").arg(target),
-        // A library that is loaded by name exports its table as a symbol; one that is linked into a program does not.
-        None => command.args(["--features", "tenon-sdk/export-symbol"]),
+        Some(target) => command.args(["--target", target]),
+        // A library that is loaded by name exports its table as a symbol; one that is linked into a program does not. Naming the target gives it a
+        // folder of its own, so that the two do not replace each other, time and again.
+        None => command.args(["--target", "host-tuple", "--features", "tenon-sdk/export-symbol"]),
     };
     let output =
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit()).output().map_err(
