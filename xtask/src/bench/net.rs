@@ -1,8 +1,8 @@
 //! What a virtio network card sends: the component against the same source as a native library.
 //!
-//! Frames: a bare guest sends from ring 3 and polls, and a socket here counts what arrives; the time of a run with one frame is taken off. The guest is faster than the socket: what counts
-//! is what the card took; the others are dropped, or under way when the machine ends. TCP: Debian on the software engine sends
-//! to a socket here through the user network, so that the guest's and the host's TCP are in the figure.
+//! Frames: a bare guest sends from ring 3 and polls, and a socket here counts what arrives; the time of a run with one frame is taken off. The guest
+//! is faster than the socket: what counts is what the card took; the others are dropped, or under way when the machine ends. TCP: Debian on the
+//! software engine sends to a socket here through the user network, so that the guest's and the host's TCP are in the figure.
 
 use std::io::{ErrorKind, Read};
 use std::net::TcpListener;
@@ -19,7 +19,7 @@ use crate::demo::{COMMAND_LINE, Summary};
 use crate::guests;
 
 /// What the guest sends over TCP.
-const SENT: u64 = 64 << 20;
+const SENT: u64 = 512 << 20;
 
 #[derive(Serialize)]
 struct Row {
@@ -49,7 +49,7 @@ pub(super) fn run(rounds: u32) -> Result<()> {
             println!("not run: kvm: there is no /dev/kvm here");
             continue;
         }
-        for (size, count) in [(60, 300_000), (1514, 150_000)] {
+        for (size, count) in [(60, 1_000_000), (1514, 500_000)] {
             let (mut native, mut wasm) = (Vec::new(), Vec::new());
             for _ in 0..rounds {
                 native.push(frames(&guest, engine, size, count, true)?);
