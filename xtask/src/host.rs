@@ -23,6 +23,9 @@ const TOOLS: [Tool; 3] = [
 ];
 /// What `bench` compares with.
 const PEER: Tool = Tool { program: "qemu-system-x86_64", package: "qemu-system-x86" };
+/// What some tests have look at images and recordings.
+const WITNESSES: [Tool; 2] =
+    [Tool { program: "qemu-img", package: "qemu-utils" }, Tool { program: "tcpdump", package: "tcpdump" }];
 /// What makes the Debian disk.
 const DISK_TOOLS: [Tool; 4] = [
     Tool { program: "mmdebstrap", package: "mmdebstrap" },
@@ -44,8 +47,7 @@ const COMPONENTS: [&str; 2] = ["clippy", "rustfmt"];
 /// # Errors
 /// Something is missing and cannot be installed.
 pub(crate) fn prepare() -> Result<()> {
-    let mut missing: Vec<&str> =
-        TOOLS.iter().filter(|tool| !has_program(tool.program)).map(|tool| tool.package).collect();
+    let mut missing = lacking(&TOOLS);
     if !Path::new(LIBC.0).exists() {
         missing.push(LIBC.1);
     }
@@ -59,7 +61,16 @@ pub(crate) fn prepare() -> Result<()> {
 /// # Errors
 /// As [`prepare`].
 pub(crate) fn prepare_peer() -> Result<()> {
-    if has_program(PEER.program) { Ok(()) } else { install(&[PEER.package]) }
+    install(&lacking(&[PEER]))
+}
+
+/// Installs the programs of others that some tests ask for their opinion.
+///
+/// # Errors
+/// As [`prepare`].
+pub(crate) fn prepare_tests() -> Result<()> {
+    prepare()?;
+    install(&lacking(&WITNESSES))
 }
 
 /// Installs what making the Debian disk lacks.
@@ -67,9 +78,7 @@ pub(crate) fn prepare_peer() -> Result<()> {
 /// # Errors
 /// As [`prepare`].
 pub(crate) fn prepare_disk() -> Result<()> {
-    let missing: Vec<&str> =
-        DISK_TOOLS.iter().filter(|tool| !has_program(tool.program)).map(|tool| tool.package).collect();
-    install(&missing)
+    install(&lacking(&DISK_TOOLS))
 }
 
 /// Installs what making the Debian disk that boots by itself lacks.
@@ -77,9 +86,7 @@ pub(crate) fn prepare_disk() -> Result<()> {
 /// # Errors
 /// As [`prepare`].
 pub(crate) fn prepare_boot_disk() -> Result<()> {
-    let missing: Vec<&str> =
-        BOOT_DISK_TOOLS.iter().filter(|tool| !has_program(tool.program)).map(|tool| tool.package).collect();
-    install(&missing)
+    install(&lacking(&BOOT_DISK_TOOLS))
 }
 
 /// Makes sure that apt knows which packages exist.
@@ -106,6 +113,11 @@ pub(crate) fn has_program(name: &str) -> bool {
 
 fn is_root() -> bool {
     capture(command("id").arg("-u")).is_ok_and(|id| id.trim() == "0")
+}
+
+/// The packages of those that are not there.
+fn lacking(tools: &[Tool]) -> Vec<&'static str> {
+    tools.iter().filter(|tool| !has_program(tool.program)).map(|tool| tool.package).collect()
 }
 
 fn install(packages: &[&str]) -> Result<()> {

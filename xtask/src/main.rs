@@ -11,6 +11,7 @@ mod host;
 mod lint;
 mod plugins;
 mod process;
+mod programs;
 mod test;
 mod tree;
 mod wit;

@@ -4,15 +4,16 @@
 //! before them said. A test that cannot run on this host prints `not run: WHY`, and is counted as such.
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use crate::process::{cargo, shown};
-use crate::{host, plugins, tree};
+use crate::process::cargo;
+use crate::{host, plugins, programs, tree};
 
 /// What to run.
 #[derive(Args)]
@@ -27,8 +28,8 @@ enum How {
     Chore(&'static [&'static str]),
     /// Cargo, with these arguments.
     Cargo(&'static [&'static str]),
-    /// Cargo's tests: their number is what counts.
-    Tests(&'static [&'static str]),
+    /// The workspace's tests: their number is what counts.
+    Tests,
     /// The tests of every example plugin.
     Examples,
 }
@@ -42,8 +43,8 @@ const STEPS: [(&str, How); 9] = [
     ("clippy", How::Chore(&["clippy"])),
     ("docs", How::Cargo(&["doc", "--release", "--workspace", "--no-deps", "--quiet"])),
     ("build", How::Chore(&["build"])),
-    ("guests", How::Chore(&["guests", "--firmware"])),
-    ("tests", How::Tests(&["test", "--release", "--workspace", "--no-fail-fast"])),
+    ("guests", How::Chore(&["guests", "--firmware", "--disk"])),
+    ("tests", How::Tests),
     ("examples", How::Examples),
 ];
 
@@ -70,7 +71,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         let names: Vec<&str> = STEPS.iter().map(|(name, _)| *name).collect();
         bail!("there is no step `{unknown}`; there are {}", names.join(", "));
     }
-    host::prepare()?;
+    host::prepare_tests()?;
     let logs = tree::target()?.join("test-logs");
     fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
     let mut outcomes = Vec::new();
@@ -88,23 +89,17 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
 fn take(step: &str, how: &How, log: &Path) -> Result<Count> {
     let file = File::create(log).with_context(|| format!("cannot make {}", log.display()))?;
-    let mut good = true;
-    let mut tests = false;
-    for mut command in commands(how)? {
-        let status = command
-            .stdin(Stdio::null())
-            .stdout(file.try_clone()?)
-            .stderr(file.try_clone()?)
-            .status()
-            .with_context(|| format!("cannot start `{}`", shown(&command)))?;
-        good &= status.success();
-    }
+    let tests = matches!(how, How::Tests | How::Examples);
+    let at_once = if matches!(how, How::Tests) { programs::AT_ONCE } else { 1 };
+    let good = match commands(how) {
+        Ok(commands) => programs::run(commands, at_once, &file)?,
+        Err(error) => {
+            writeln!(&file, "error: {error:#}")?;
+            false
+        }
+    };
     let text = String::from_utf8_lossy(&fs::read(log)?).into_owned();
-    let mut count = Count::default();
-    if matches!(how, How::Tests(_) | How::Examples) {
-        tests = true;
-        count = counted(&text);
-    }
+    let mut count = if tests { counted(&text) } else { Count::default() };
     // A step without tests is one check; so is a build of tests that fails.
     match (good, tests) {
         (true, false) => count.passed = 1,
@@ -132,11 +127,7 @@ fn commands(how: &How) -> Result<Vec<Command>> {
             command.args(*words).env("RUSTDOCFLAGS", "--deny warnings").env("CARGO_TARGET_DIR", target);
             vec![command]
         }
-        How::Tests(words) => {
-            let mut command = cargo();
-            command.args(*words).args(["--", "--show-output"]).env("CARGO_TARGET_DIR", target);
-            vec![command]
-        }
+        How::Tests => programs::tests()?,
         How::Examples => plugins::in_folder(&tree::root().join("plugin-examples"))?
             .into_iter()
             .map(|folder| {
