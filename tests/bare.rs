@@ -196,6 +196,8 @@ fn a_native_library_of_the_same_source_behaves_the_same() {
 /// Random accesses by a guest with one of every device.
 #[track_caller]
 fn survives_random_accesses(engine: &str, seed: u32, steps: u32) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let place = folder.path().display();
     let outcome = Tenon::run()
         .args([
             "--engine",
@@ -216,6 +218,10 @@ fn survives_random_accesses(engine: &str, seed: u32, steps: u32) {
             "memory:1M",
             "--net",
             "user",
+            "--vsock",
+            &format!("{place}/socket"),
+            "--share",
+            &format!("{place}"),
         ])
         .args(["--cmdline", &format!("seed={seed} steps={steps}"), "--kernel"])
         .arg(bare("random"))

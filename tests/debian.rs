@@ -1,10 +1,8 @@
 //! An unmodified Debian kernel on the software engine: to its shell, under load, off, and around again.
 
-use tenon_tests::{Outcome, Tenon, debian, has_kvm};
+use tenon_tests::{Outcome, PROMPT, Tenon, debian, has_kvm};
 
 const READY: &str = "TENON-GUEST-READY";
-/// The shell's prompt, at the beginning of a line.
-const PROMPT: &str = "\ntenon-guest:/# ";
 
 #[track_caller]
 fn reaches_its_shell(outcome: &Outcome) {

@@ -174,6 +174,9 @@ fn a_store_that_cannot_hold_the_variables_is_refused_and_left_alone() {
     let mut variables = header(0x48);
     variables[0x48] = 0;
     with(&variables, "").refused(1, &["--nvram", "something else"]);
+    // Where no first variables say what it should be.
+    fs::remove_file(firmware.folder.path().join("VARS.fd")).expect("the file is there");
+    with(&[b'x'; FLASH], "").refused(1, &["--nvram", "something else"]);
     let outcome = firmware.run("soft").args(["--nvram", "file:/nowhere/nvram"]).outcome();
     outcome.refused(1, &["--nvram", "/nowhere/nvram", "does not exist"]);
     let outcome = Tenon::plain_debian().args(["--nvram", "memory:8K"]).outcome();

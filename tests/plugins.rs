@@ -5,16 +5,12 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 use tempfile::TempDir;
-use tenon_tests::{LINUX_COMMAND_LINE, Tenon, bundled, debian, test_plugins};
-
-/// The shell's prompt, at the beginning of a line.
-const PROMPT: &str = "\ntenon-guest:/# ";
+use tenon_tests::{PROMPT, Tenon, program, test_plugins};
 
 /// `tenon plugin` with these words, in this folder. Whatever is built is shared by these tests.
 fn plugin(folder: &Path, words: &[&str]) -> Output {
-    let program = bundled("exit").ancestors().nth(2).expect("the folder of the plugins").join("tenon");
     let mut command = Command::new("timeout");
-    command.args(["--signal=KILL", "600"]).arg(program).arg("plugin").args(words).current_dir(folder);
+    command.args(["--signal=KILL", "600"]).arg(program()).arg("plugin").args(words).current_dir(folder);
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("vendor");
     command.env("CARGO_TARGET_DIR", target).stdin(Stdio::null()).output().expect("tenon starts")
 }
@@ -49,19 +45,10 @@ fn vendor(name: &str, kind: &str) -> (TempDir, PathBuf) {
     (folder, out.join(name))
 }
 
-/// Debian with virtio's modules, in its shell.
-fn shell() -> Tenon {
-    Tenon::run()
-        .args(["--engine", "soft", "--cmdline", &format!("{LINUX_COMMAND_LINE} quiet"), "--kernel"])
-        .arg(debian("vmlinuz"))
-        .arg("--initrd")
-        .arg(debian("initramfs-virtio.cpio.gz"))
-}
-
 #[test]
 fn a_new_device_answers_a_guest() {
     let (_folder, plugin) = vendor("blinker", "device");
-    let outcome = shell()
+    let outcome = Tenon::virtio_debian()
         .arg("--device")
         .arg(plugin)
         .typing(PROMPT, "port 0x510; port 0x511 0x41; port 0x511\n")
@@ -74,7 +61,7 @@ fn a_new_device_answers_a_guest() {
 #[test]
 fn a_new_virtio_device_is_taken_by_linux() {
     let (_folder, plugin) = vendor("dice", "virtio-device");
-    let outcome = shell()
+    let outcome = Tenon::virtio_debian()
         .arg("--device")
         .arg(plugin)
         .typing(PROMPT, "cat /sys/class/misc/hw_random/rng_current; head -c 1000 /dev/hwrng | wc -c\n")
@@ -92,7 +79,7 @@ fn a_new_store_is_read_by_linux() {
     let (_folder, plugin) = vendor("part", "store");
     let mut image = vec![0; 4 << 20];
     image[1 << 20..][..24].copy_from_slice(b"hello from the second MB");
-    let tenon = shell();
+    let tenon = Tenon::virtio_debian();
     let disk = tenon.file("disk.img", &image);
     let outcome = tenon
         .arg("--plugin-dir")
@@ -199,7 +186,11 @@ fn a_trial_that_fails_says_so_in_words() {
 
 #[test]
 fn every_bundled_virtio_device_passes_its_trial_in_both_forms() {
-    for id in ["virtio-balloon", "virtio-blk", "virtio-console", "virtio-net", "virtio-rng"] {
+    let listed: Value = serde_json::from_str(&succeeds(Path::new("/"), &["list", "--json"])).expect("a list");
+    let ids = listed.as_array().expect("a list").iter().map(|line| line["id"].as_str().expect("an id"));
+    let virtio: Vec<&str> = ids.filter(|id| id.starts_with("virtio-")).collect();
+    assert_eq!(virtio.len(), 7, "{virtio:?}");
+    for id in virtio {
         for (form, more) in [("wasm", &[][..]), ("native", &["--allow-native"])] {
             let text = succeeds(Path::new("/"), &[&["test", id, "--json"], more].concat());
             let report: Value = serde_json::from_str(&text).expect("a report");

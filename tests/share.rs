@@ -5,10 +5,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 
 use tempfile::TempDir;
-use tenon_tests::{LINUX_COMMAND_LINE, Outcome, Tenon, debian};
+use tenon_tests::{Outcome, PROMPT, Tenon, noise};
 
-/// The shell's prompt, at the beginning of a line.
-const PROMPT: &str = "\ntenon-guest:/# ";
 const LARGE: usize = 16 << 20;
 
 /// A folder to be shared, beside one that is not.
@@ -23,11 +21,7 @@ fn place() -> TempDir {
 /// Runs Debian with these shares. The guest mounts `share` at /m, where it runs `script`.
 fn run(script: &str, shared: &Path, shares: &[String]) -> Outcome {
     fs::write(shared.join("script"), script).expect("a file");
-    let mut tenon = Tenon::run()
-        .args(["--engine", "soft", "--cmdline", &format!("{LINUX_COMMAND_LINE} quiet"), "--kernel"])
-        .arg(debian("vmlinuz"))
-        .arg("--initrd")
-        .arg(debian("initramfs-virtio.cpio.gz"));
+    let mut tenon = Tenon::virtio_debian();
     for share in shares {
         tenon = tenon.args(["--share", share]);
     }
@@ -49,20 +43,6 @@ fn said<'o>(outcome: &'o Outcome, name: &str) -> &'o str {
     line.unwrap_or_else(|| panic!("the guest does not say `{name}`: {}", outcome.all()))
 }
 
-/// Bytes that look random.
-fn noise(length: usize) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    std::iter::repeat_with(|| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()
-    })
-    .flatten()
-    .take(length)
-    .collect()
-}
-
 #[test]
 fn linux_works_in_a_folder_of_the_host() {
     let place = place();
@@ -76,7 +56,7 @@ fn linux_works_in_a_folder_of_the_host() {
             fs::write(shared.join(format!("tree/{folder}/{file}")), content).expect("a file");
         }
     }
-    let large = noise(LARGE);
+    let large = noise(1, LARGE);
     fs::write(shared.join("large"), &large).expect("a file");
     let script = r#"
         cd /m

@@ -2,11 +2,11 @@
 //!
 //! What runs in the guest is `guests/linux/torture`, in the place of systemd, on the Debian disk (`cargo xtask guests --disk`). The software engine runs it.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use tempfile::TempDir;
-use tenon_tests::{Outcome, Tenon, debian};
+use tenon_tests::{Outcome, Tenon, debian, program};
 
 /// The disks that fio works on: their names, and what they stand on, in the test's folder.
 const FIO: [(&str, &str); 4] = [
@@ -77,9 +77,7 @@ fn run(command: &mut Command) -> String {
 
 /// `tenon disk`, in this folder.
 fn disk(folder: &TempDir, words: &[&str]) -> String {
-    let exe = std::env::current_exe().expect("this program's own file");
-    let program: PathBuf = exe.ancestors().nth(2).expect("a target folder").join("tenon");
-    run(Command::new(program).arg("disk").args(words).current_dir(folder.path()))
+    run(Command::new(program()).arg("disk").args(words).current_dir(folder.path()))
 }
 
 /// A disk as `--disk` takes it from anywhere.
@@ -213,5 +211,9 @@ fn a_disk_that_fails_gives_errors_and_no_wrong_data() {
     // A file system passes the error on, and shows nothing wrong before.
     assert!(fired(&outcome, 5, "write:after=300:chance=1/150:error=io") > 0);
     assert_eq!(said(&outcome, "fsx failing"), "status 5", "{}", outcome.all());
-    assert!(!outcome.stdout.contains("WRONG") && !outcome.stdout.contains("failing failed"), "{}", outcome.all());
+    assert!(
+        !outcome.stdout.contains("WRONG") && !outcome.stdout.contains("failing failed"),
+        "{}",
+        outcome.all()
+    );
 }

@@ -8,34 +8,9 @@ use std::path::PathBuf;
 use std::thread;
 
 use tempfile::TempDir;
-use tenon_tests::{LINUX_COMMAND_LINE, Outcome, Tenon, bare, debian, has_kvm};
+use tenon_tests::{Outcome, PROMPT, Tenon, bare, has_kvm, noise};
 
-/// The shell's prompt, at the beginning of a line.
-const PROMPT: &str = "\ntenon-guest:/# ";
 const MIB: usize = 1 << 20;
-
-/// Bytes that look random and are the same for the same seed.
-fn noise(seed: u64, length: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    std::iter::repeat_with(|| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()
-    })
-    .flatten()
-    .take(length)
-    .collect()
-}
-
-/// Debian with virtio's modules, in its shell.
-fn shell() -> Tenon {
-    Tenon::run()
-        .args(["--engine", "soft", "--cmdline", &format!("{LINUX_COMMAND_LINE} quiet"), "--kernel"])
-        .arg(debian("vmlinuz"))
-        .arg("--initrd")
-        .arg(debian("initramfs-virtio.cpio.gz"))
-}
 
 /// A file with this content, that is still there when the machine has ended.
 fn disk(content: &[u8]) -> (TempDir, PathBuf) {
@@ -116,7 +91,7 @@ fn message_signalled_interrupts_arrive_and_can_be_masked() {
 fn linux_reads_and_writes_a_disk() {
     let content = noise(1, 8 * MIB);
     let (_folder, disk) = disk(&content);
-    let outcome = shell()
+    let outcome = Tenon::virtio_debian()
         .arg("--disk")
         .arg(format!("file:{},serial=tenon-test-1", disk.display()))
         .typing(PROMPT, "cat /sys/block/vda/serial; echo; head -c 1048576 /dev/vda > /tmp/a\n")
@@ -135,7 +110,7 @@ fn linux_reads_and_writes_a_disk() {
 fn a_read_only_disk_stays_as_it_is() {
     let content = noise(2, MIB);
     let (_folder, disk) = disk(&content);
-    let outcome = shell()
+    let outcome = Tenon::virtio_debian()
         .arg("--cdrom")
         .arg(&disk)
         .typing(PROMPT, "cat /sys/block/vda/ro; echo x > /dev/vda\n")
@@ -148,7 +123,7 @@ fn a_read_only_disk_stays_as_it_is() {
 
 #[test]
 fn linux_finds_256_disks_and_reads_each() {
-    let tenon = shell().within(300);
+    let tenon = Tenon::virtio_debian().within(300);
     // Each disk begins with its own name.
     let disks: Vec<_> = (0..256)
         .map(|n| {
@@ -172,7 +147,7 @@ fn linux_finds_256_disks_and_reads_each() {
 
 #[test]
 fn linux_takes_entropy_from_the_host() {
-    let outcome = shell()
+    let outcome = Tenon::virtio_debian()
         .args(["--device", "virtio-rng"])
         .typing(PROMPT, "cat /sys/class/misc/hw_random/rng_current; head -c 64 /dev/hwrng | wc -c\n")
         .typing(PROMPT, "poweroff -f\n")
@@ -200,8 +175,11 @@ fn linux_talks_to_the_host_through_the_user_network() {
         "ip link set eth0 up; ip addr add 10.0.2.15/24 dev eth0; ip route add default via 10.0.2.2; \
          nc 10.0.2.2 {port} < /dev/null > /tmp/got; nc 10.0.2.2 {port} < /tmp/got\n"
     );
-    let outcome =
-        shell().args(["--net", "user"]).typing(PROMPT, &script).typing(PROMPT, "poweroff -f\n").outcome();
+    let outcome = Tenon::virtio_debian()
+        .args(["--net", "user"])
+        .typing(PROMPT, &script)
+        .typing(PROMPT, "poweroff -f\n")
+        .outcome();
     powered_off(&outcome);
     assert!(host.join().expect("the host's side") == content, "other bytes came back");
     assert_eq!(device(&outcome, "virtio-net")["faults"], 0);
@@ -279,7 +257,7 @@ fn programs_of_linux_and_of_the_host_connect_to_each_other() {
         // It connects, and sends the second back.
         (first_back, exchange(accept(last), b""))
     });
-    let outcome = shell()
+    let outcome = Tenon::virtio_debian()
         .arg("--vsock")
         .arg(format!("{},cid=77", path.display()))
         .typing(PROMPT, "vsock connect 2 4999 < /dev/null; vsock connect 9 5000 < /dev/null\n")
@@ -307,8 +285,12 @@ fn a_socket_at_which_somebody_listens_is_left_to_him() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("vm.sock");
     let listener = UnixListener::bind(&path).expect("a socket of the host");
-    shell().arg("--vsock").arg(&path).outcome().refused(1, &["--vsock", "a program listens there already"]);
+    Tenon::virtio_debian()
+        .arg("--vsock")
+        .arg(&path)
+        .outcome()
+        .refused(1, &["--vsock", "a program listens there already"]);
     assert!(path.exists());
     drop(listener);
-    shell().args(["--vsock", "x,cid=2"]).outcome().refused(2, &["`2` is no guest's CID"]);
+    Tenon::virtio_debian().args(["--vsock", "x,cid=2"]).outcome().refused(2, &["`2` is no guest's CID"]);
 }

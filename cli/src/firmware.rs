@@ -140,8 +140,12 @@ fn content(store: &Store, first: Option<Vec<u8>>) -> Result<Vec<u8>> {
     }
     let there = read_all(store, info.size)?;
     if there.iter().any(|byte| *byte != 0) {
-        let header = first.as_deref().map(volume_header).unwrap_or_default();
-        if !there.starts_with(header) {
+        // Without first variables to compare with, any volume may be this firmware's. What a firmware keeps in no such volume cannot be told from other things.
+        let right = match first.as_deref() {
+            Some(first) => there.starts_with(volume_header(first)),
+            None => !volume_header(&there).is_empty(),
+        };
+        if !right {
             bail!(
                 "the store holds something else than this firmware's variables; give it a blank store, such as a new file of {} bytes",
                 info.size

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
-use tenon_abi::{SavedState, StoreError, StoreInfo};
+use tenon_abi::{StoreError, StoreInfo};
 use tenon_plugins::{Data, OperationKind, Plugin, Store, StoreGrants};
 use tenon_testkit::{StoreChecks, StoreSubject, suite};
 
@@ -93,16 +93,6 @@ impl StoreSubject for Subject {
         self.store()?.close()?;
         self.store = None;
         self.open()
-    }
-
-    fn restart(&mut self) -> Result<(), String> {
-        // The plugin host restarts an instance by itself, when it has fallen.
-        Ok(())
-    }
-
-    fn save(&mut self) -> Result<SavedState, String> {
-        // The plugin host keeps the states to itself; that they are equal is for the store's own tests.
-        Ok(SavedState { schema: 1, data: Vec::new() })
     }
 
     fn alive(&mut self) -> Result<(), String> {

@@ -17,6 +17,8 @@ use tempfile::TempDir;
 
 /// What Debian's kernel is told, but for what its init script shall do.
 pub const LINUX_COMMAND_LINE: &str = "console=ttyS0 panic=-1 cryptomgr.notests mitigations=off tsc=reliable";
+/// The prompt of the guest's shell, at the beginning of a line.
+pub const PROMPT: &str = "\ntenon-guest:/# ";
 
 /// How a run ended.
 #[derive(Debug)]
@@ -142,7 +144,6 @@ impl Tenon {
             .args(["--engine", engine, "--kernel"])
             .arg(file)
     }
-
     /// `tenon run` with Debian on the software engine. The init script does what `doing` says.
     ///
     /// # Panics
@@ -165,6 +166,16 @@ impl Tenon {
             .arg(kernel)
             .arg("--initrd")
             .arg(debian("initramfs.cpio.gz"))
+    }
+
+    /// `tenon run` with Debian and virtio's modules on the software engine, in its shell.
+    #[must_use]
+    pub fn virtio_debian() -> Self {
+        Self::run()
+            .args(["--engine", "soft", "--cmdline", &format!("{LINUX_COMMAND_LINE} quiet"), "--kernel"])
+            .arg(debian("vmlinuz"))
+            .arg("--initrd")
+            .arg(debian("initramfs-virtio.cpio.gz"))
     }
 
     /// Adds an argument.
@@ -305,6 +316,21 @@ fn members(group: u32) -> Vec<String> {
 fn release() -> PathBuf {
     let exe = std::env::current_exe().expect("this program's own file");
     exe.ancestors().nth(2).expect("a target folder").to_path_buf()
+}
+
+/// Bytes that look random and are the same for the same seed.
+#[must_use]
+pub fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    })
+    .flatten()
+    .take(length)
+    .collect()
 }
 
 /// The program.

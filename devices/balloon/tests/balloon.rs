@@ -3,7 +3,7 @@
 
 use tenon_device_virtio_balloon::Balloon;
 use tenon_sdk::virtio::Result;
-use tenon_testkit::{Ticket, VirtioBench, VirtioSetup, virtio_conformance};
+use tenon_testkit::{Random, Ticket, VirtioBench, VirtioSetup, virtio_conformance};
 
 const STATS: u64 = 1 << 1;
 const DEFLATE_ON_OOM: u64 = 1 << 2;
@@ -189,44 +189,20 @@ fn a_reset_forgets_what_the_driver_said() {
 
 #[test]
 fn whatever_a_driver_writes_only_one_request_waits() {
-    let mut random = Random(0x6261_6c00_0000_0001);
+    let mut random = Random::new(0x6261_6c00_0000_0001);
     let mut guest = Guest::with(&[("stats-interval", "1")], STATS | REPORTING);
     for round in 0..20_000 {
-        let bytes = random.bytes(200);
-        guest.0.request(u16::try_from(random.below(5)).unwrap(), &bytes, random.index(10_000));
+        let bytes = random.some_bytes(200);
+        guest.0.request(u16::try_from(random.below32(5)).unwrap(), &bytes, random.index(10_000));
         match round % 100 {
             0 => guest.0.round_trip(),
             25 => guest.0.config_write(4, 4, random.next()),
             50 => guest.0.advance(random.next() % (2 * SECOND)),
             75 => {
-                let _ = guest.0.adjust("stats-interval", &random.below(4).to_string());
+                let _ = guest.0.adjust("stats-interval", &random.below32(4).to_string());
             }
             _ => {}
         }
         assert!(guest.0.unanswered().len() <= 1);
-    }
-}
-
-/// Xorshift64*: the same numbers in every run.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    fn below(&mut self, limit: u32) -> u32 {
-        u32::try_from(self.next() >> 33).unwrap() % limit
-    }
-
-    fn index(&mut self, length: usize) -> usize {
-        usize::try_from(self.below(u32::try_from(length).unwrap())).unwrap()
-    }
-
-    fn bytes(&mut self, most: usize) -> Vec<u8> {
-        (0..self.index(most)).map(|_| self.next().to_le_bytes()[0]).collect()
     }
 }

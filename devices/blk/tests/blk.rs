@@ -3,7 +3,9 @@
 
 use tenon_device_virtio_blk::Block;
 use tenon_sdk::virtio::{Result, StoreError, StoreInfo};
-use tenon_testkit::{MemoryStore, On, Ticket, VirtioBench, VirtioSetup, blk_conformance, virtio_conformance};
+use tenon_testkit::{
+    MemoryStore, On, Random, Ticket, VirtioBench, VirtioSetup, blk_conformance, virtio_conformance,
+};
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
@@ -404,27 +406,27 @@ fn a_reset_forgets_requests_and_what_the_driver_set() {
 
 #[test]
 fn whatever_a_driver_writes_every_request_ends_with_a_status() {
-    let mut random = Random(0x626c_6b00_0000_0001);
+    let mut random = Random::new(0x626c_6b00_0000_0001);
     let mut disk = Disk::new();
     let mut waiting: Vec<(Ticket, usize)> = Vec::new();
     let mut statuses = [0; 3];
     for round in 0..20_000 {
-        let kind = [IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES, random.below(u32::MAX)][random.index(7)];
-        let sector = if random.below(4) == 0 { random.next() } else { random.next() % 2100 };
-        let payload = match random.below(4) {
-            0 => random.bytes(600),
-            1 => (0..random.below(40))
-                .flat_map(|_| range(random.next() % 2100, random.below(64), random.below(3)))
+        let kind = [IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES, random.below32(u32::MAX)][random.index(7)];
+        let sector = if random.below32(4) == 0 { random.next() } else { random.next() % 2100 };
+        let payload = match random.below32(4) {
+            0 => random.some_bytes(600),
+            1 => (0..random.below32(40))
+                .flat_map(|_| range(random.next() % 2100, random.below32(64), random.below32(3)))
                 .collect(),
             2 => vec![0; 512 * random.index(9)],
             _ => vec![],
         };
         let mut bytes = request(kind, sector, &payload);
-        if random.below(8) == 0 {
+        if random.below32(8) == 0 {
             bytes.truncate(random.index(17));
         }
         let room = [0, 1, 2, 21, 513, 4097, random.index(9000)][random.index(7)];
-        match random.below(4) {
+        match random.below32(4) {
             0 => disk.0.hold("disk"),
             1 => disk.0.release("disk", random.next() % 4),
             2 => disk.0.release_all("disk"),
@@ -454,28 +456,4 @@ fn whatever_a_driver_writes_every_request_ends_with_a_status() {
     assert!(waiting.into_iter().all(|(request, _)| disk.0.answered(request).is_some()));
     assert!(disk.0.unanswered().is_empty());
     assert!(statuses.iter().all(|count| *count > 500), "{statuses:?}");
-}
-
-/// Xorshift64*: the same numbers in every run.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    fn below(&mut self, limit: u32) -> u32 {
-        u32::try_from(self.next() >> 33).unwrap() % limit
-    }
-
-    fn index(&mut self, length: usize) -> usize {
-        usize::try_from(self.below(u32::try_from(length).unwrap())).unwrap()
-    }
-
-    fn bytes(&mut self, most: usize) -> Vec<u8> {
-        (0..self.index(most)).map(|_| self.next().to_le_bytes()[0]).collect()
-    }
 }

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use tenon_device_virtio_console::Console;
-use tenon_testkit::{Ticket, VirtioBench, VirtioSetup, virtio_conformance};
+use tenon_testkit::{Random, Ticket, VirtioBench, VirtioSetup, virtio_conformance};
 
 const SIZE: u64 = 1;
 const MULTIPORT: u64 = 2;
@@ -309,16 +309,16 @@ fn a_reset_forgets_requests_and_what_the_driver_said() {
 #[test]
 fn whatever_a_driver_writes_no_byte_is_lost() {
     const CHANNELS: [&str; 3] = ["console", "agent", "log"];
-    let mut random = Random(0x636f_6e00_0000_0001);
+    let mut random = Random::new(0x636f_6e00_0000_0001);
     let mut terminal = Terminal::with(&[("ports", "agent,log")], SIZE | MULTIPORT);
     let mut sent = [const { Vec::new() }; 3];
     let mut seen = [const { Vec::new() }; 3];
     let (mut typed, mut received) = (0, 0);
     for round in 0..20_000 {
         let port = random.index(3);
-        match random.below(8) {
+        match random.below32(8) {
             0 => {
-                let bytes = random.bytes(200);
+                let bytes = random.some_bytes(200);
                 typed += bytes.len();
                 terminal.push(CHANNELS[port], &bytes);
             }
@@ -326,15 +326,20 @@ fn whatever_a_driver_writes_no_byte_is_lost() {
             2 => terminal.bench.channel(CHANNELS[port]).set_capacity(random.index(100) + 1),
             3 if round % 50 == 0 => terminal.bench.round_trip(),
             3 => {
-                let size = format!("{}x{}", random.below(70_000), random.below(300));
+                let size = format!("{}x{}", random.below32(70_000), random.below32(300));
                 let _ = terminal.bench.adjust("size", &size);
             }
             _ => {
-                let queue = u16::try_from(random.below(8)).unwrap();
-                let mut bytes = random.bytes(300);
-                if queue == FROM_DRIVER && random.below(4) > 0 {
-                    bytes = random.below(4).to_le_bytes().to_vec();
-                    bytes.extend([random.below(8).to_le_bytes()[0], 0, random.below(2).to_le_bytes()[0], 0]);
+                let queue = u16::try_from(random.below32(8)).unwrap();
+                let mut bytes = random.some_bytes(300);
+                if queue == FROM_DRIVER && random.below32(4) > 0 {
+                    bytes = random.below32(4).to_le_bytes().to_vec();
+                    bytes.extend([
+                        random.below32(8).to_le_bytes()[0],
+                        0,
+                        random.below32(2).to_le_bytes()[0],
+                        0,
+                    ]);
                 }
                 match queue {
                     TRANSMIT => sent[0].extend(&bytes),
@@ -363,28 +368,4 @@ fn whatever_a_driver_writes_no_byte_is_lost() {
     let waiting: usize = CHANNELS.into_iter().map(|name| terminal.bench.channel(name).pending()).sum();
     assert_eq!(received + waiting, typed);
     assert!(received > typed / 4, "{received} of {typed} bytes were received");
-}
-
-/// Xorshift64*: the same numbers in every run.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    fn below(&mut self, limit: u32) -> u32 {
-        u32::try_from(self.next() >> 33).unwrap() % limit
-    }
-
-    fn index(&mut self, length: usize) -> usize {
-        usize::try_from(self.below(u32::try_from(length).unwrap())).unwrap()
-    }
-
-    fn bytes(&mut self, most: usize) -> Vec<u8> {
-        (0..self.index(most)).map(|_| self.next().to_le_bytes()[0]).collect()
-    }
 }

@@ -3,7 +3,7 @@
 
 use tenon_device_virtio_net::Net;
 use tenon_sdk::virtio::{Offloads, PortInfo, Result};
-use tenon_testkit::{Ticket, VirtioBench, VirtioSetup, virtio_conformance};
+use tenon_testkit::{Random, Ticket, VirtioBench, VirtioSetup, virtio_conformance};
 
 const CSUM: u64 = 1 << 0;
 const GUEST_CSUM: u64 = 1 << 1;
@@ -396,7 +396,7 @@ fn whatever_a_driver_writes_frames_keep_their_order() {
         (&[("queues", "2")][..], CTRL | MRG_RXBUF | GUEST_CSUM),
         (&[][..], CTRL),
     ] {
-        let mut random = Random(0x6e65_7400_0000_0001);
+        let mut random = Random::new(0x6e65_7400_0000_0001);
         let mut card = Card::with(settings, features);
         let queues = card.bench.description().queues.len();
         let control = if features & MQ == 0 { 2 } else { queues - 1 };
@@ -405,7 +405,7 @@ fn whatever_a_driver_writes_frames_keep_their_order() {
             if features & MRG_RXBUF == 0 { &[0, 11, 3100] } else { &[0, 1, 12, 13, 1000, 2000, 4000] };
         let (mut pushed, mut last) = (0_u32, 0);
         for round in 0..20_000 {
-            match random.below(8) {
+            match random.below32(8) {
                 0..=2 => {
                     pushed += 1;
                     let mut frame = frame(16 + random.index(3000), 0);
@@ -416,8 +416,8 @@ fn whatever_a_driver_writes_frames_keep_their_order() {
                 3 if round % 50 == 1 => card.bench.adjust("link", ["up", "down"][random.index(2)]).unwrap(),
                 _ => {
                     let queue = random.index(queues);
-                    let mut bytes = random.bytes(40);
-                    if random.below(2) == 0 && bytes.len() > 5 {
+                    let mut bytes = random.some_bytes(40);
+                    if random.below32(2) == 0 && bytes.len() > 5 {
                         bytes[0] %= 6;
                         bytes[1] %= 2;
                         bytes[2] %= 4;
@@ -442,29 +442,5 @@ fn whatever_a_driver_writes_frames_keep_their_order() {
             }
         }
         assert!(last > pushed / 2, "{last} of {pushed} frames were received");
-    }
-}
-
-/// Xorshift64*: the same numbers in every run.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    fn below(&mut self, limit: u32) -> u32 {
-        u32::try_from(self.next() >> 33).unwrap() % limit
-    }
-
-    fn index(&mut self, length: usize) -> usize {
-        usize::try_from(self.below(u32::try_from(length).unwrap())).unwrap()
-    }
-
-    fn bytes(&mut self, most: usize) -> Vec<u8> {
-        (0..self.index(most)).map(|_| self.next().to_le_bytes()[0]).collect()
     }
 }

@@ -148,9 +148,9 @@ impl Uart {
             IIR_FCR => {
                 let switched = (value ^ self.fcr) & FCR_ENABLE != 0;
                 let enabled = value & FCR_ENABLE != 0;
-                // What a poller was shown and has not read is as good as still on the line.
-                let came_by_itself = self.drives_lines || self.listens();
-                if came_by_itself && (switched || enabled && value & FCR_CLEAR_RECEIVER != 0) {
+                // The one byte that a poller was shown and has not read is as good as still on the line.
+                let shown = !self.drives_lines && !self.listens() && self.received.len() <= 1;
+                if !shown && (switched || enabled && value & FCR_CLEAR_RECEIVER != 0) {
                     self.received.clear();
                 }
                 // The other bits take effect only together with the enable bit.
@@ -183,7 +183,7 @@ impl Uart {
 
     /// How many bytes may come in by themselves: what the FIFO has room for while the guest listens.
     pub(crate) fn room(&self) -> usize {
-        if self.listens() { self.depth() - self.received.len() } else { 0 }
+        if self.listens() { self.depth().saturating_sub(self.received.len()) } else { 0 }
     }
 
     /// How many bytes may come in because the guest looks at the line status. One that drives no modem lines polls this way, and is given byte by byte.

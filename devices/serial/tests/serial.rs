@@ -231,6 +231,21 @@ fn a_guest_that_drives_no_modem_lines_may_listen_by_its_interrupt() {
 }
 
 #[test]
+fn a_guest_that_drives_no_modem_lines_may_switch_the_fifos_off_while_they_are_full() {
+    let mut port = Port::new();
+    port.write(FCR, 1);
+    port.write(IER, 1);
+    port.typed(b"sixteen bytes in and more");
+    port.write(IER, 0);
+    port.write(FCR, 0);
+    port.0.round_trip();
+    port.write(IER, 1);
+    port.0.round_trip();
+    // The chip forgets what its FIFO held; the others waited on the line.
+    assert_eq!(port.read_all(), b" and more");
+}
+
+#[test]
 fn loopback_shows_nothing_of_the_line() {
     let mut port = Port::new();
     port.write(MCR, LOOPBACK);

@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use tenon_device_virtio_vsock::Vsock;
-use tenon_testkit::{SocketEnd, Ticket, VirtioBench, VirtioSetup, virtio_conformance};
+use tenon_testkit::{Random, SocketEnd, Ticket, VirtioBench, VirtioSetup, virtio_conformance};
 
 const RECEIVE: u16 = 0;
 const TRANSMIT: u16 = 1;
@@ -548,7 +548,7 @@ fn a_reset_ends_every_connection() {
 
 #[test]
 fn whatever_a_driver_says_bytes_keep_their_order() {
-    let mut random = Random(0x7673_6f63_6b00_0001);
+    let mut random = Random::new(0x7673_6f63_6b00_0001);
     let mut guest = Guest::with_buffers(16);
     guest.outside().listen(80);
     // One connection that keeps to the rules among all others.
@@ -558,16 +558,16 @@ fn whatever_a_driver_says_bytes_keep_their_order() {
     let (mut sent, mut pushed, mut got, mut given, mut taken) = (0_u32, 0_u32, 0_u32, 0_u32, 0_u32);
     let mut forwarded = 0;
     for _ in 0..20_000 {
-        match random.below(8) {
+        match random.below32(8) {
             0 => {
                 let room = KIB64 - (sent - forwarded);
-                let count = random.below(3000).min(room);
+                let count = random.below32(3000).min(room);
                 let bytes: Vec<u8> = (sent..sent + count).map(|n| (n / 7).to_le_bytes()[0]).collect();
                 guest.say(&Packet { forwarded: got, ..Packet::new(RW, 1, 80).data(&bytes) });
                 sent += count;
             }
             1 => {
-                let count = random.below(9000);
+                let count = random.below32(9000);
                 let bytes: Vec<u8> = (pushed..pushed + count).map(|n| (n / 5).to_le_bytes()[0]).collect();
                 guest.outside().push(stream, &bytes);
                 pushed += count;
@@ -575,7 +575,7 @@ fn whatever_a_driver_says_bytes_keep_their_order() {
             2 => {
                 guest.say(&Packet { forwarded: got, ..Packet::new(CREDIT_UPDATE, 1, 80) });
             }
-            3 => match random.below(3) {
+            3 => match random.below32(3) {
                 0 => guest.outside().hold(stream),
                 _ => guest.outside().release(stream, random.index(5000)),
             },
@@ -587,16 +587,16 @@ fn whatever_a_driver_says_bytes_keep_their_order() {
                 }
             }
             5 => {
-                guest.outside().begin(random.below(3));
+                guest.outside().begin(random.below32(3));
             }
             _ => {
-                let guest_port = 2 + random.below(4);
+                let guest_port = 2 + random.below32(4);
                 let mut packet = Packet::new(
-                    u16::try_from(random.below(9)).unwrap(),
+                    u16::try_from(random.below32(9)).unwrap(),
                     guest_port,
                     [80, 81, 1 << 30][random.index(3)],
                 );
-                (packet.flags, packet.room) = (random.below(4), random.below(10_000));
+                (packet.flags, packet.room) = (random.below32(4), random.below32(10_000));
                 packet.data = vec![0; random.index(2000)];
                 guest.say(&packet);
             }
@@ -618,24 +618,4 @@ fn whatever_a_driver_says_bytes_keep_their_order() {
         }
     }
     assert!(given > 1000 && got > pushed / 2 && taken > sent / 2, "{given} {got}/{pushed} {taken}/{sent}");
-}
-
-/// Xorshift64*: the same numbers in every run.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    fn below(&mut self, limit: u32) -> u32 {
-        u32::try_from(self.next() >> 33).unwrap() % limit
-    }
-
-    fn index(&mut self, length: usize) -> usize {
-        usize::try_from(self.below(u32::try_from(length).unwrap())).unwrap()
-    }
 }

@@ -57,6 +57,7 @@ pub use conformance::conformance;
 pub use load::{LoadBench, Loaded};
 pub use memory::{Counts, MemoryStore, On};
 pub use outside::LineState;
+pub use random::Random;
 pub use store::{NativeStoreBench, StoreBench, StoreChecks, StoreSubject, store_conformance};
 pub use virtio::{
     Answered, PortEnd, SocketEnd, Ticket, VirtioBench, VirtioChannelEnd, VirtioSetup, VirtioSubject,

@@ -5,8 +5,8 @@
 //! software engine sends to a socket here through the user network, so that the guest's and the host's TCP are in the figure.
 
 use std::io::{ErrorKind, Read};
-use std::net::TcpListener;
-use std::os::unix::net::UnixListener;
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::thread;
 use std::time::Instant;
@@ -124,6 +124,8 @@ fn send_frames(guest: &Path, engine: &str, size: u32, count: u32, native: bool) 
         command.args(["--allow-native", "virtio-net"]);
     }
     let summary = summary_of(&mut command)?;
+    // A guest that never came would be waited for without end.
+    drop(UnixStream::connect(&socket));
     let arrived = counting.join().map_err(|_| anyhow!("the counting thread fell"))??;
     let card = summary.virtio("virtio-net").context("the machine has no network card")?;
     if arrived + card.dropped_frames > u64::from(count) {
@@ -155,6 +157,7 @@ fn tcp(debian: &guests::Debian, native: bool) -> Result<f64> {
         command.args(["--allow-native", "virtio-net"]);
     }
     summary_of(&mut command)?;
+    drop(TcpStream::connect(("127.0.0.1", port)));
     let (bytes, seconds) = counting.join().map_err(|_| anyhow!("the counting thread fell"))??;
     if bytes != SENT {
         bail!("{bytes} of {SENT} bytes arrived");

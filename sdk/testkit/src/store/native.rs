@@ -299,8 +299,8 @@ impl StoreSubject for NativeStoreBench {
         NativeStoreBench::reopen(self).map_err(|error| error.to_string())
     }
 
-    fn restart(&mut self) -> Result<(), String> {
-        NativeStoreBench::restart(self).map_err(|error| error.to_string())
+    fn restart(&mut self) -> Option<Result<(), String>> {
+        Some(NativeStoreBench::restart(self).map_err(|error| error.to_string()))
     }
 
     fn lower(&mut self, number: usize) -> Option<&mut MemoryStore> {
@@ -308,8 +308,8 @@ impl StoreSubject for NativeStoreBench {
         state.lower.get_mut(number)
     }
 
-    fn save(&mut self) -> Result<SavedState, String> {
-        NativeStoreBench::save(self).map_err(|error| error.to_string())
+    fn save(&mut self) -> Option<Result<SavedState, String>> {
+        Some(NativeStoreBench::save(self).map_err(|error| error.to_string()))
     }
 
     fn alive(&mut self) -> Result<(), String> {
