@@ -1,11 +1,13 @@
 //! `tenon disk`: what it makes, tells, copies and refuses.
 
 use std::fs;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use serde_json::Value;
 use tempfile::TempDir;
-use tenon_tests::{outcome, refused, tenon};
+use tenon_tests::{outcome, program, refused, tenon};
 
 const MIB: usize = 1 << 20;
 
@@ -83,7 +85,13 @@ fn a_disk_that_went_through_other_stores_comes_back_as_it_was() {
 fn what_an_older_disk_held_is_gone_after_a_copy() {
     let place = Place::new();
     fs::write(place.path("old.img"), vec![b'o'; 6 * MIB]).expect("a disk");
-    place.does(&["disk", "convert", &place.disk("file", "from.img"), &place.disk("file", "old.img")]);
+    place.does(&[
+        "disk",
+        "convert",
+        &place.disk("file", "from.img"),
+        &place.disk("file", "old.img"),
+        "--overwrite",
+    ]);
     let found = fs::read(place.path("old.img")).expect("the copy");
     assert!(found[..place.content.len()] == place.content, "the copy is not what was copied");
     assert!(found[place.content.len()..].iter().all(|byte| *byte == b'o'), "more than that was written");
@@ -94,7 +102,8 @@ fn a_copy_that_does_not_fit_changes_nothing() {
     let place = Place::new();
     fs::write(place.path("small.img"), vec![b's'; MIB]).expect("a disk");
     let (from, small) = (place.disk("file", "from.img"), place.disk("file", "small.img"));
-    refused(&["disk", "convert", &from, &small], 1, &["small.img", "--size"]);
+    refused(&["disk", "convert", &from, &small], 2, &["small.img", "--overwrite"]);
+    refused(&["disk", "convert", &from, &small, "--overwrite"], 1, &["small.img", "--size"]);
     assert!(fs::read(place.path("small.img")).expect("the disk") == vec![b's'; MIB]);
     let new = place.disk("qcow2", "new.qcow2");
     refused(&["disk", "convert", &from, &new, "--size", "1M"], 1, &["new.qcow2", "--size"]);
@@ -117,8 +126,53 @@ fn a_disk_is_made_once_and_grows() {
         refused(&["disk", "resize", &disk, "8M"], 2, &["lose", "convert"]);
         fs::remove_file(place.path("disk")).expect("the disk");
     }
+    let image = place.disk("qcow2", "stands");
+    place.does(&["disk", "create", &image, "--backing", place.path("from.img").to_str().expect("UTF-8")]);
+    refused(&["disk", "resize", &place.disk("file", "from.img"), "33333333"], 1, &["from.img", "512"]);
     refused(&["disk", "create", &place.disk("file", "x")], 2, &["--size"]);
+    refused(&["disk", "create", &place.disk("file", "x"), "--size", "16777215T"], 1, &["x", "bytes"]);
+    assert!(!place.path("x").exists(), "what was begun is left behind");
     refused(&["disk", "create", "memory:1M"], 2, &["memory"]);
+}
+
+#[test]
+fn what_would_be_lost_is_refused() {
+    let place = Place::new();
+    let from = place.disk("file", "from.img");
+    let overlay = format!("overlay:{from}");
+    refused(&["disk", "convert", &from, &overlay, "--overwrite"], 2, &["overlay", "top="]);
+    for forgetful in [&overlay, "memory:1M", "null:1M"] {
+        refused(&["disk", "resize", forgetful, "16M"], 2, &["kept"]);
+    }
+    // A setting that nobody has is a typing error, such as one of `top`.
+    let top = place.disk("qcow2", "top");
+    place.does(&["disk", "create", &top, "--size", "8M"]);
+    refused(&["disk", "convert", &from, &format!("{overlay},tpo={top}")], 2, &["`tpo`", "top", "serial"]);
+    refused(&["disk", "info", &format!("{from},rule=x")], 2, &["`rule`", "the disk takes"]);
+    place.does(&["disk", "info", &format!("{from},id=x")]);
+    // With a top that keeps it, it is there.
+    let kept = format!("{overlay},top={top}");
+    fs::remove_file(place.path("top")).expect("the top");
+    place.does(&["disk", "create", &kept]);
+    place.does(&["disk", "convert", &from, &kept, "--overwrite"]);
+    place.does(&["disk", "check", &kept]);
+}
+
+#[test]
+fn a_copy_that_is_interrupted_leaves_nothing() {
+    let place = Place::new();
+    let from = format!("fault:{},rules=read:every=1:delay=1s", place.disk("file", "from.img"));
+    let to = place.disk("file", "to.img");
+    // To the program itself, and not to the one that would kill it after a while.
+    let mut child = Command::new(program()).args(["disk", "convert", &from, &to]).spawn().expect("it starts");
+    while !place.path("to.img").exists() && child.try_wait().expect("a child").is_none() {
+        std::thread::yield_now();
+    }
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("it runs");
+    let status = child.wait().expect("a child");
+    assert_eq!(status.signal(), Some(15), "{status}");
+    assert!(!place.path("to.img").exists(), "a half is left behind");
 }
 
 #[test]

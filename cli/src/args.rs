@@ -147,7 +147,7 @@ pub(crate) struct RunArgs {
     /// Leave out `serial` and `rtc` where they are not named
     #[arg(long, help_heading = "Devices")]
     pub(crate) no_default_devices: bool,
-    /// Add a disk: a store and its place, such as `file:disk.img`, `qcow2:disk.qcow2,ro`, or stores on one another, such as `overlay:file:base.img`. Settings behind a comma go to the store or to the disk; a comma in a value is written twice
+    /// Add a disk: a store and its place, such as `file:disk.img`, `qcow2:disk.qcow2,ro`, or stores on one another, such as `overlay:file:base.img`. Settings behind a comma go to the store or to the disk: `ro`, `id=NAME` for the guest, `KEY-file=FILE` for a setting kept in a file, such as a cipher's key, `top=STORE:PLACE` for where an overlay keeps what is changed; `tenon plugin inspect` lists others. A comma in a value is written twice
     #[arg(long = "disk", value_name = "STORE:PLACE[,KEY=VALUE…]", help_heading = "Devices")]
     pub(crate) disks: Vec<DiskSpec>,
     /// Add a read-only disk with the content of FILE
@@ -159,7 +159,7 @@ pub(crate) struct RunArgs {
     /// Let programs of the guest and of this host connect to each other. A program in the guest that connects to port P of CID 2 reaches the Unix socket `PATH_P`. A program here connects to the Unix socket PATH, writes `CONNECT P` and a line feed, and after `OK` reaches port P of the guest, whose CID is 3 or N
     #[arg(long, value_name = "PATH[,cid=N]", help_heading = "Devices")]
     pub(crate) vsock: Option<VsockSpec>,
-    /// Share a folder with the guest, where `mount -t virtiofs NAME /mnt` shows it; NAME is `share`, then `share1` and so on, or what `tag` says. With `ro`, nothing in it can be changed
+    /// Share a folder with the guest, where `mount -t virtiofs NAME /mnt` shows it; NAME is `share`, then `share1` and so on, or what `tag` says. With `ro`, nothing in it can be changed. What other file systems are mounted in it, and extended attributes, are left out
     #[arg(long = "share", value_name = "DIR[,tag=NAME][,ro]", value_hint = ValueHint::DirPath, help_heading = "Devices")]
     pub(crate) shares: Vec<ShareSpec>,
     /// What the guest's console is connected to: `stdio` (escape Ctrl-B, `Ctrl-B ?` lists), `pty`, `file:FILE` or `none`
@@ -181,8 +181,13 @@ pub(crate) struct RunArgs {
 #[derive(Args, Clone, Debug, Default)]
 pub(crate) struct PluginPlaces {
     /// Look for plugins in DIR first; then in TENON_PLUGIN_PATH, beside this program, and in ~/.local/share/tenon/plugins
-    #[arg(long = "plugin-dir", value_name = "DIR", value_hint = ValueHint::DirPath, help_heading = "Plugins")]
+    #[arg(long = "plugin-dir", value_name = "DIR", value_parser = folder, value_hint = ValueHint::DirPath, help_heading = "Plugins")]
     pub(crate) dirs: Vec<PathBuf>,
+}
+
+fn folder(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    if path.is_dir() { Ok(path) } else { Err("there is no such folder".to_owned()) }
 }
 
 #[derive(Args, Debug)]
@@ -205,7 +210,7 @@ pub(crate) enum DiskCommand {
         /// How large; a qcow2 image is as large as its backing file if nothing is said
         #[arg(long, value_name = "SIZE")]
         size: Option<Size>,
-        /// What a qcow2 image stands on: another image, or a raw file
+        /// What a qcow2 image stands on: another image, or a raw file. Whoever uses the image later names it by `backing=FILE`
         #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
         backing: Option<PathBuf>,
         #[command(flatten)]
@@ -231,14 +236,20 @@ pub(crate) enum DiskCommand {
         places: PluginPlaces,
     },
     /// Copy a disk to another, which is made if it is not there
+    #[command(
+        after_help = "Examples:\n  tenon disk convert file:disk.img qcow2:disk.qcow2\n  tenon disk convert http:http://example.org/disk.img crypt:file:secret.img,key-file=key"
+    )]
     Convert {
         /// The disk that is copied
         from: DiskSpec,
         /// Where to
         to: DiskSpec,
         /// How large the new disk's file is [default: as large as what is copied]
-        #[arg(long, value_name = "SIZE")]
+        #[arg(long, value_name = "SIZE", conflicts_with = "overwrite")]
         size: Option<Size>,
+        /// Write over a disk that is there; what it has beyond the length of the other stays
+        #[arg(long)]
+        overwrite: bool,
         #[command(flatten)]
         places: PluginPlaces,
     },
@@ -246,6 +257,9 @@ pub(crate) enum DiskCommand {
     Check {
         /// The disk: STORE:PLACE[,KEY=VALUE…]
         disk: DiskSpec,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
         #[command(flatten)]
         places: PluginPlaces,
     },
@@ -380,13 +394,14 @@ impl FromStr for Size {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let wrong =
-            || format!("`{text}` is not a size; write bytes, or a number with K, M or G, such as 512M");
+            || format!("`{text}` is not a size; write bytes, or a number with K, M, G or T, such as 512M");
         let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
         let shift = match text[digits.len()..].to_ascii_lowercase().as_str() {
             "" | "b" => 0,
             "k" | "kib" => 10,
             "m" | "mib" => 20,
             "g" | "gib" => 30,
+            "t" | "tib" => 40,
             _ => return Err(wrong()),
         };
         let number: u64 = digits.parse().map_err(|_| wrong())?;

@@ -4,10 +4,13 @@ use std::fs::File;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use anyhow::{Context, Result, anyhow, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 use tenon_plugins::{Data, MAX_TRANSFER, OperationKind, Store};
 use tenon_store_qcow2 as qcow2;
 
@@ -30,8 +33,10 @@ pub(crate) fn disk(command: &DiskCommand) -> Result<ExitCode> {
         }
         DiskCommand::Info { disk, json, places } => info(disk, *json, &shelf(places)?)?,
         DiskCommand::Resize { disk, size, places } => resize(disk, *size, &shelf(places)?)?,
-        DiskCommand::Convert { from, to, size, places } => convert(from, to, *size, &shelf(places)?)?,
-        DiskCommand::Check { disk, places } => return check(disk, &shelf(places)?),
+        DiskCommand::Convert { from, to, size, overwrite, places } => {
+            convert(from, to, *size, *overwrite, &shelf(places)?)?
+        }
+        DiskCommand::Check { disk, json, places } => return check(disk, *json, &shelf(places)?),
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -46,14 +51,21 @@ fn create(disk: &DiskSpec, size: Option<Size>, backing: Option<&Path>, shelf: &S
     let top = disk.top(shelf)?;
     let (store, place) = top.as_ref().unwrap_or(disk).lowest(shelf)?;
     let path = Path::new(&place);
+    if path.exists() {
+        bail!("`{place}` exists already; remove it, or take another name");
+    }
     let wanted = size.map(|size| size.0).or(top.is_some().then_some(EMPTY_TOP));
     match (store.as_str(), wanted) {
         ("file", Some(size)) => {
             if backing.is_some() {
                 bail!(Usage(anyhow!("--backing: a plain file stands on nothing; make a qcow2 image")));
             }
-            let file = File::options().write(true).create_new(true).open(path);
-            file.and_then(|file| file.set_len(size)).with_context(|| format!("`{place}` cannot be made"))?;
+            let made = File::options().write(true).create_new(true).open(path).and_then(|file| {
+                file.set_len(size).inspect_err(|_| {
+                    std::fs::remove_file(path).ok();
+                })
+            });
+            made.with_context(|| format!("`{place}` cannot be made with {size} bytes"))?;
         }
         ("file", None) => bail!(Usage(anyhow!("--size: a new disk needs one, such as --size 10G"))),
         ("qcow2", size) => {
@@ -64,6 +76,8 @@ fn create(disk: &DiskSpec, size: Option<Size>, backing: Option<&Path>, shelf: &S
         }
         _ => bail!(Usage(anyhow!("a `{store}` is not made by this command; `file` and `qcow2` are"))),
     }
+    let granted = backing.and_then(Path::to_str).map(|path| disk.with("qcow2.backing", path));
+    let disk = granted.as_ref().unwrap_or(disk);
     let formatted = disk.formatted(shelf).and_then(|disk| disk.open(shelf, "new").map(drop));
     if formatted.is_err() {
         // It was made a moment ago, by this.
@@ -134,7 +148,16 @@ fn info(disk: &DiskSpec, json: bool, shelf: &Shelf) -> Result<()> {
     say::print_table(&table)
 }
 
+/// Refuses a disk that keeps nothing of what is written to it.
+fn keeps(disk: &DiskSpec, shelf: &Shelf) -> Result<()> {
+    match disk.forgets(shelf)? {
+        Some(why) => bail!(Usage(anyhow!("{disk}: nothing would be kept: {why}"))),
+        None => Ok(()),
+    }
+}
+
 fn resize(disk: &DiskSpec, size: Size, shelf: &Shelf) -> Result<()> {
+    keeps(disk, shelf)?;
     let store = disk.open(shelf, "disk")?.store;
     let before = store.info().size;
     if size.0 < before {
@@ -148,11 +171,17 @@ fn resize(disk: &DiskSpec, size: Size, shelf: &Shelf) -> Result<()> {
 }
 
 /// Copies a disk to another, which is made if it is not there.
-fn convert(from: &DiskSpec, to: &DiskSpec, size: Option<Size>, shelf: &Shelf) -> Result<()> {
+fn convert(from: &DiskSpec, to: &DiskSpec, size: Option<Size>, overwrite: bool, shelf: &Shelf) -> Result<()> {
+    keeps(to, shelf)?;
     let source = from.only_reading().open(shelf, "from")?.store;
     let length = source.info().size;
-    let (_, place) = to.lowest(shelf)?;
+    // Of an overlay it is the top that is written.
+    let (_, place) = to.top(shelf)?.as_ref().unwrap_or(to).lowest(shelf)?;
     let is_new = !Path::new(&place).exists();
+    if !is_new && !overwrite {
+        bail!(Usage(anyhow!("`{place}` exists already; --overwrite writes over it")));
+    }
+    let unfinished = if is_new { Some(Unfinished::new(&place)?) } else { None };
     if is_new {
         create(to, Some(Size(size.map_or(length, |size| size.0))), None, shelf)?;
     }
@@ -177,7 +206,37 @@ fn convert(from: &DiskSpec, to: &DiskSpec, size: Option<Size>, shelf: &Shelf) ->
         std::fs::remove_file(&place).ok();
     }
     copied?;
+    drop(unfinished);
     say::print(format!("{from} → {to}: {}", human(length)))
+}
+
+/// A file that is being made, which a signal that ends the process takes with it.
+struct Unfinished {
+    signals: signal_hook::iterator::Handle,
+    watcher: Option<JoinHandle<()>>,
+}
+
+impl Unfinished {
+    fn new(place: &str) -> Result<Self> {
+        let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM]).context("watching for signals")?;
+        let handle = signals.handle();
+        let place = place.to_owned();
+        let watcher = std::thread::spawn(move || {
+            if let Some(signal) = signals.forever().next() {
+                std::fs::remove_file(&place).ok();
+                // As if it had not been caught.
+                signal_hook::low_level::emulate_default_handler(signal).ok();
+            }
+        });
+        Ok(Self { signals: handle, watcher: Some(watcher) })
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        self.signals.close();
+        self.watcher.take().map(JoinHandle::join);
+    }
 }
 
 /// Writes parts; one that is all zeroes as that, which many stores keep without space. It is never left out: where nothing was written, what
@@ -242,27 +301,61 @@ fn close(store: &Arc<Store>) -> Result<()> {
     store.close().map_err(|error| anyhow!(error))
 }
 
+/// What `tenon disk check --json` prints.
+#[derive(Serialize)]
+struct Checked {
+    disk: String,
+    good: bool,
+    /// Bytes that were read; none where the books are wrong.
+    read: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    books: Option<Books>,
+}
+
+/// What an image's own books say.
+#[derive(Serialize)]
+struct Books {
+    data_clusters: u64,
+    errors: u64,
+    lost_clusters: u64,
+    told: Vec<String>,
+}
+
 /// Checks the image's own books where there are any, and reads everything.
-fn check(disk: &DiskSpec, shelf: &Shelf) -> Result<ExitCode> {
+fn check(disk: &DiskSpec, json: bool, shelf: &Shelf) -> Result<ExitCode> {
     let (lowest, place) = disk.lowest(shelf)?;
-    let mut is_good = true;
+    let mut found = Checked { disk: disk.to_string(), good: true, read: 0, books: None };
     if lowest == "qcow2" {
         let report = qcow2::check(Path::new(&place)).with_context(|| format!("`{place}`"))?;
         for fault in &report.told {
             tell!("tenon: {place}: {fault}");
         }
-        is_good = report.errors == 0;
-        say::print(format!(
-            "{place}: {} clusters with data, {} errors, {} lost clusters",
-            report.data_clusters, report.errors, report.leaks
-        ))?;
+        found.good = report.errors == 0;
+        if !json {
+            say::print(format!(
+                "{place}: {} clusters with data, {} errors, {} lost clusters",
+                report.data_clusters, report.errors, report.leaks
+            ))?;
+        }
+        found.books = Some(Books {
+            data_clusters: report.data_clusters,
+            errors: report.errors,
+            lost_clusters: report.leaks,
+            told: report.told,
+        });
     }
-    if is_good {
+    if found.good {
         let store = disk.only_reading().open(shelf, "disk")?.store;
         each_part(&store, "reading", |_| Ok(()))?;
-        say::print(format!("{disk}: all {} can be read", human(store.info().size)))?;
+        found.read = store.info().size;
+        if !json {
+            say::print(format!("{disk}: all {} can be read", human(found.read)))?;
+        }
     }
-    Ok(if is_good { ExitCode::SUCCESS } else { ExitCode::from(FAILED) })
+    if json {
+        say::print(serde_json::to_string_pretty(&found)?)?;
+    }
+    Ok(if found.good { ExitCode::SUCCESS } else { ExitCode::from(FAILED) })
 }
 
 /// A number of bytes for people.

@@ -2,7 +2,8 @@
 //!
 //! `STORE` is the id of a store plugin. One that stands on another store is followed by that other: `crypt:qcow2:disk.qcow2`. The last one is followed by its place: a path, an address, or a
 //! size, which is its setting `path`, `url` or `size`. Settings behind it belong to the outermost store that has the key, or else to the disk; `STORE.KEY=VALUE` names the store.
-//! `top=STORE:PLACE` names the second store of one that stands on two. `KEY-file=PATH` takes a setting from a file, as keys should be.
+//! `top=STORE:PLACE` names the second store of one that stands on two. `KEY-file=PATH` takes a setting from a file, as keys should be. `id=NAME` is the
+//! disk's serial number, by which a guest finds it.
 //! `ro` makes the disk and every store read-only; a comma in a value is written twice.
 
 use std::fmt;
@@ -25,6 +26,10 @@ pub(crate) const LOWER: &str = "lower-stores";
 const READ_ONLY_STORE: &str = "readonly";
 /// The setting by which a disk is.
 const READ_ONLY_DISK: &str = "read-only";
+/// The setting that offers the guest to discard.
+const DISCARD_DISK: &str = "discard";
+/// The setting by which a guest finds a disk, under the name that it has here and under the disk's own.
+const ID: (&str, &str) = ("id", "serial");
 /// The store that writes nothing to the one it stands on.
 const OVERLAY: &str = "overlay";
 /// `top=STORE:PLACE` is the second store that a store stands on: where an overlay keeps what is changed.
@@ -148,9 +153,16 @@ impl DiskSpec {
             lower = vec![layer.plugin.open_store(&store_name, &layer.settings, lower, &grants)?];
         }
         let Some(store) = lower.pop() else { bail!(Usage(anyhow!("--disk {}: no store", self.chain))) };
-        let says = device.settings.iter().any(|(key, _)| key == READ_ONLY_DISK);
-        if (self.read_only || store.info().read_only) && !says {
-            device.settings.push((READ_ONLY_DISK.into(), "yes".into()));
+        let info = store.info();
+        let mut unless_said = |key: &str, value: &str| {
+            if device.settings.iter().all(|(said, _)| said != key) {
+                device.settings.push((key.into(), value.into()));
+            }
+        };
+        if self.read_only || info.read_only {
+            unless_said(READ_ONLY_DISK, "yes");
+        } else if !info.discard {
+            unless_said(DISCARD_DISK, "no");
         }
         Ok(Disk { store, device })
     }
@@ -168,6 +180,30 @@ impl DiskSpec {
     /// Where an overlay keeps what is changed, if there is one with a store of its own for it.
     pub(crate) fn top(&self, shelf: &Shelf) -> Result<Option<Self>> {
         Ok(self.layers(shelf)?.0.into_iter().find_map(|layer| layer.top))
+    }
+
+    /// Why nothing that is written is kept, if it is not.
+    pub(crate) fn forgets(&self, shelf: &Shelf) -> Result<Option<String>> {
+        let (layers, _) = self.layers(shelf)?;
+        if let Some(layer) = layers.iter().find(|layer| layer.id() == OVERLAY) {
+            return match &layer.top {
+                Some(top) => top.forgets(shelf),
+                None => Ok(Some(
+                    "changes to the overlay stay in memory; `top=STORE:PLACE` names where they are kept"
+                        .into(),
+                )),
+            };
+        }
+        // A store whose place is a size is made when it is opened.
+        let made = layers.last().filter(|layer| !PLACES[..2].iter().any(|key| layer.has(key)));
+        Ok(made.map(|layer| format!("a `{}` is gone when it is closed", layer.id())))
+    }
+
+    /// The same with one more setting.
+    pub(crate) fn with(&self, key: &str, value: &str) -> Self {
+        let mut spec = self.clone();
+        spec.settings.push((key.into(), value.into()));
+        spec
     }
 
     /// The same, read-only.
@@ -232,7 +268,12 @@ impl DiskSpec {
             let owner = named
                 .or_else(|| layers.iter().position(|layer| has(layer, key)).map(|at| (at, key.as_str())));
             let Some((at, key)) = owner else {
-                device.settings.push((key.clone(), value.clone()));
+                let key = if key == ID.0 { ID.1 } else { key };
+                let disk = shelf.load(DISK)?;
+                if !disk.manifest().config.contains_key(key) {
+                    bail!(wrong(no_setting(key, &layers, &disk)));
+                }
+                device.settings.push((key.to_owned(), value.clone()));
                 continue;
             };
             let layer = &mut layers[at];
@@ -266,6 +307,26 @@ impl DiskSpec {
         }
         Ok((layers, device))
     }
+}
+
+/// That nothing on the way has the setting `key`, and which there are.
+fn no_setting(key: &str, layers: &[Layer], disk: &Plugin) -> String {
+    let taken = |id: &str, keys: Vec<String>| match keys.as_slice() {
+        [] => format!("{id} takes none"),
+        keys => format!("{id} takes {}", keys.join(", ")),
+    };
+    let stores = layers.iter().map(|layer| {
+        // The place is no setting to be written behind a comma.
+        let own = layer.plugin.manifest().config.keys();
+        let own = own.filter(|key| {
+            !(layer.settings.iter().any(|(said, _)| said == *key) && PLACES.contains(&key.as_str()))
+        });
+        let top = (layer.id() == OVERLAY).then(|| TOP.to_owned());
+        taken(layer.id(), own.cloned().chain(top).collect())
+    });
+    let of_disk = taken("the disk", disk.manifest().config.keys().cloned().collect());
+    let all: Vec<String> = stores.chain([of_disk]).collect();
+    format!("there is no setting `{key}`: {}", all.join("; "))
 }
 
 /// The setting that `key` gives the content of a file, if it is one of those.

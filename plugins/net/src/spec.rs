@@ -120,7 +120,15 @@ pub fn parse(text: &str) -> Result<Spec, NetworkError> {
             }
             (_, "pcap") => pcap = Some(PathBuf::from(value)),
             (_, "snaplen") => snaplen = number(key, value, 64, 1 << 18)?,
-            ("user", "forward") => forwards.push(forward(value)?),
+            ("user", "forward") => {
+                let new = forward(value)?;
+                let same = |other: &Forward| (other.protocol, other.host) == (new.protocol, new.host);
+                if new.host.port() != 0 && forwards.iter().any(same) {
+                    let problem = format!("`{value}`: another forward listens at {}", new.host);
+                    return Err(NetworkError::new("forward", problem, "take another port, or leave one out"));
+                }
+                forwards.push(new);
+            }
             ("user", "restrict") => restrict = switch(key, value)?,
             ("user", "dns") => dns = Some(name_server(value)?),
             ("tap", "name") if tap.is_none() => tap = Some(value.to_owned()),

@@ -325,6 +325,14 @@ impl OpenFailure {
             Self::Thread(error) => Fault::Trap(error.to_string()),
         }
     }
+
+    /// What is told of a call that the store may refuse.
+    pub(super) fn reason(self) -> String {
+        match self {
+            Self::Refused(_, error) => error.to_string(),
+            other => other.into_fault().to_string(),
+        }
+    }
 }
 
 /// Keeps one store alive, on its thread.

@@ -268,7 +268,7 @@ impl Medium for NativeStore {
         let mut output = Vec::new();
         // SAFETY: the instance lives, and the sink lives past the call.
         let status = unsafe { (self.table.resize)(instance.0, size, Sink::to(&mut output)) };
-        self.info("resize", status, &output).map_err(|failure| failure.into_fault().to_string())
+        self.info("resize", status, &output).map_err(OpenFailure::reason)
     }
 
     fn close(&self) -> Result<(), String> {

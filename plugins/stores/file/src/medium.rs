@@ -106,6 +106,7 @@ impl Medium {
 
         // Looked at before it is opened: opening a tape rewinds it.
         let about = fs::metadata(path).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound if settings.read_only => wrong("does not exist"),
             io::ErrorKind::NotFound => wrong("does not exist; `tenon disk create` makes one"),
             _ => failed("looking at", &error),
         })?;
