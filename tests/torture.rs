@@ -23,11 +23,12 @@ const EXT4: [(&str, &str); 4] = [
     ("ext4-overlay", "overlay:file:ext4-base.img,top=qcow2:ext4-top.qcow2"),
 ];
 /// What the disks that fail do: `guests/linux/torture` knows their order.
-const FAULTS: [&str; 4] = [
+const FAULTS: [&str; 5] = [
     "fault:memory:32M,rules=read:every=60:error=io;write:every=45:error=io;any:every=100:delay=2ms",
     "fault:memory:4M,rules=flush:times=1:error=io",
     "fault:memory:32M,rules=read:nth=300:flip=1",
     "fault:memory:32M,rules=write:after=300:chance=1/150:error=io",
+    "memory:16M",
 ];
 
 /// The test's own folder, with the disk that brings the guest its programs; nothing where there is no Debian disk.
@@ -211,6 +212,12 @@ fn a_disk_that_fails_gives_errors_and_no_wrong_data() {
     // A file system passes the error on, and shows nothing wrong before.
     assert!(fired(&outcome, 5, "write:after=300:chance=1/150:error=io") > 0);
     assert_eq!(said(&outcome, "fsx failing"), "status 5", "{}", outcome.all());
+    // fio is told that its disk is gone; the same one that comes back is as good as new.
+    let away = said(&outcome, "unplug fio");
+    assert!(away.starts_with("status 1 ") && !away.ends_with(" 0"), "{away}\n{}", outcome.all());
+    assert_eq!(said(&outcome, "unplug disk"), "gone", "{}", outcome.all());
+    let again = said(&outcome, "fio again");
+    assert!(again.starts_with("status 0 errors  first 0 written 2"), "{again}\n{}", outcome.all());
     assert!(
         !outcome.stdout.contains("WRONG") && !outcome.stdout.contains("failing failed"),
         "{}",
