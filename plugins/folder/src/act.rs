@@ -85,18 +85,21 @@ impl Folder {
         (self.nodes.most_held(), self.files.most())
     }
 
-    /// The descriptor by which data of an open file is read, or written to `position` and `length` bytes on.
+    /// The descriptor by which data of an open file is read, or written to `position` and `length` bytes on. A file that is to be written loses the bits by which it runs as its owner or
+    /// group, so this is asked for each time.
     ///
     /// # Errors
-    /// It is not open for that, or the file would become too long.
+    /// It is not open for that, the file would become too long, or those bits cannot be taken (`EPERM`).
     pub fn file(&self, file: OpenFile, write: Option<(u64, u64)>) -> Result<BorrowedFd<'_>, Errno> {
         let Opened { file, purpose: Purpose::Data(access) } = self.files.get(file)? else {
             return Err(Errno::ISDIR);
         };
         match write {
             Some((position, length)) if access.write => {
-                let position = if access.append { attributes_of(file)?.size } else { position };
+                let is = attributes_of(file)?;
+                let position = if access.append { is.size } else { position };
                 self.check_length(position, length)?;
+                self.take_owner_bits(file, &is)?;
             }
             None if access.read => {}
             _ => return Err(Errno::BADF),
@@ -233,6 +236,7 @@ impl Folder {
                 }
                 (None, FileType::RegularFile) => {
                     let file = reopen(&self.root, &fd, OFlags::WRONLY).map_err(errno)?;
+                    self.take_owner_bits(&file, &attributes_of(&file)?)?;
                     ftruncate(file, size).map_err(errno)?;
                 }
                 _ => return Err(Errno::INVAL),
@@ -252,6 +256,11 @@ impl Folder {
     fn set_mode(&self, fd: impl AsFd, mode: u32) -> Done<()> {
         let mode = Mode::from_raw_mode(mode & PERMISSIONS);
         chmodat(&self.root.descriptors, Self::name_of(fd), mode, AtFlags::empty()).map_err(errno)
+    }
+
+    /// Takes from a file that the guest is about to change the bits by which it runs as its owner or group. Linux does so by itself, but not where this process is root.
+    fn take_owner_bits(&self, fd: impl AsFd, is: &Attributes) -> Done<()> {
+        if is.mode & RUN_AS_OWNER == 0 { Ok(()) } else { self.set_mode(fd, is.mode & !RUN_AS_OWNER) }
     }
 
     fn read_link(&mut self, node: Node) -> Done<Vec<u8>> {
@@ -406,6 +415,7 @@ impl Folder {
         let mut flags = flags(access)?;
         if access.truncate {
             flags |= OFlags::TRUNC;
+            self.take_owner_bits(&*fd, &attributes_of(&*fd)?)?;
         }
         let file = reopen(&self.root, &fd, flags).map_err(errno)?;
         Ok(self.files.add(Opened { file, purpose: Purpose::Data(access) }))

@@ -23,7 +23,8 @@
 //! # Owners
 //!
 //! What a device makes belongs to the user whose process this is. Only where that is root, it is given to whom the device says. Bits that let a program run as its
-//! owner or group are refused on files (`EPERM`): what a guest writes must not run as this process's user on the host.
+//! owner or group are refused on files (`EPERM`), and a file of the host's that has them loses them when the guest changes what is in it: what a guest writes must not run as this process's
+//! user on the host.
 //!
 //! All calls are made on the caller's thread and take as long as the host's file system takes.
 

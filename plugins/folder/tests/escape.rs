@@ -4,7 +4,7 @@
 mod support;
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -172,6 +172,63 @@ fn no_file_gets_a_bit_by_which_it_runs_as_its_owner() {
     // For folders the group's bit means something else.
     let folder = entry(share.act(A::MakeFolder(new(Node::ROOT, "folder", 0o2775)))).unwrap();
     assert_eq!(folder.attributes.mode & 0o7777, 0o2775);
+}
+
+#[test]
+fn a_program_that_the_guest_changes_no_longer_runs_as_its_owner() {
+    type Way = fn(&mut Share, Node, Changes);
+    fn write(share: &Share, file: tenon_abi::OpenFile) {
+        rustix::io::pwrite(share.folder.file(file, Some((0, 1))).unwrap(), b"x", 0).unwrap();
+    }
+    let mut share = Share::new();
+    let size = Changes { size: Some(1), ..Changes::default() };
+    let mode = |share: &Share| fs::metadata(share.path("program")).unwrap().mode() & 0o7777;
+    let set_mode = |share: &Share| {
+        fs::set_permissions(share.path("program"), fs::Permissions::from_mode(0o6755)).unwrap();
+    };
+    let ways: [(&str, Way); 6] = [
+        ("written", |share, node, _| {
+            let file = share.open_file(node, WRITE).unwrap();
+            write(share, file);
+        }),
+        ("written to its end", |share, node, _| {
+            let file = share.open_file(node, tenon_abi::Access { append: true, ..WRITE }).unwrap();
+            write(share, file);
+        }),
+        ("emptied", |share, node, _| {
+            share.open_file(node, tenon_abi::Access { truncate: true, ..WRITE }).unwrap();
+        }),
+        ("shortened", |share, node, changes| {
+            share.act(A::Change { node, file: None, changes }).unwrap();
+        }),
+        ("shortened by a file that is open", |share, node, changes| {
+            let file = share.open_file(node, WRITE).unwrap();
+            share.act(A::Change { node, file: Some(file), changes }).unwrap();
+        }),
+        ("punched", |share, node, _| {
+            let file = share.open_file(node, WRITE).unwrap();
+            let how = tenon_abi::AllocateHow::Punch;
+            let punched = share.act(A::Allocate { file, how, position: 0, length: 1 });
+            assert!(matches!(punched, Ok(O::Done) | Err(Errno::OPNOTSUPP)), "{punched:?}");
+        }),
+    ];
+    for (what, way) in ways {
+        fs::write(share.path("program"), "content").unwrap();
+        set_mode(&share);
+        let node = share.look_up(Node::ROOT, "program").unwrap().node;
+        share.open_file(node, READ).unwrap();
+        assert_eq!(mode(&share), 0o6755, "read");
+        way(&mut share, node, size);
+        assert_eq!(mode(&share), 0o755, "{what}");
+        fs::remove_file(share.path("program")).unwrap();
+    }
+    // Also one that gets the bits while the guest has it open.
+    fs::write(share.path("program"), "content").unwrap();
+    let node = share.look_up(Node::ROOT, "program").unwrap().node;
+    let file = share.open_file(node, WRITE).unwrap();
+    set_mode(&share);
+    write(&share, file);
+    assert_eq!(mode(&share), 0o755);
 }
 
 #[test]
