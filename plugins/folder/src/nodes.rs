@@ -15,6 +15,8 @@ pub const MOST_NODES: usize = 256 << 10;
 pub const MOST_HELD: usize = 4096;
 /// How many folders lie between a node and the next one with a descriptor, at most.
 const DEEPEST: usize = 4096;
+/// The type in a mode.
+const TYPE: u16 = 0o170_000;
 
 /// What tells a file from all others of its file system, also from one that later has its number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -22,6 +24,8 @@ pub(crate) struct Identity {
     device: (u32, u32),
     inode: u64,
     born: (i64, u32),
+    /// The type bits of its mode: where a file system does not say when a file was made, a FIFO may have the number that a regular file had.
+    kind: u16,
 }
 
 impl Identity {
@@ -31,14 +35,18 @@ impl Identity {
             inode: about.stx_ino,
             // Zero where the file system does not say.
             born: (about.stx_btime.tv_sec, about.stx_btime.tv_nsec),
+            kind: about.stx_mode & TYPE,
         }
+    }
+
+    fn kind(&self) -> FileType {
+        FileType::from_raw_mode(self.kind.into())
     }
 }
 
 #[derive(Debug)]
 struct Known {
     identity: Identity,
-    kind: FileType,
     /// How often the device was told of it and has not forgotten it.
     count: u64,
     fd: Option<Arc<OwnedFd>>,
@@ -112,7 +120,7 @@ impl Nodes {
         if node == Node::ROOT {
             return Ok(FileType::Directory);
         }
-        self.known.get(&node).map(|known| known.kind).ok_or(Errno::STALE)
+        self.known.get(&node).map(|known| known.identity.kind()).ok_or(Errno::STALE)
     }
 
     /// Opens a node again by the names by which it was last found.
@@ -194,17 +202,8 @@ impl Nodes {
         }
         let node = Node(self.next);
         self.next += 1;
-        let kind = FileType::from_raw_mode(about.stx_mode.into());
-        let known = Known {
-            identity,
-            kind,
-            count: 1,
-            fd: None,
-            recent: true,
-            nameless: false,
-            folder,
-            name: name.into(),
-        };
+        let known =
+            Known { identity, count: 1, fd: None, recent: true, nameless: false, folder, name: name.into() };
         self.known.insert(node, known);
         self.by_identity.insert(identity, node);
         self.keep(node, Arc::new(fd));
@@ -295,4 +294,29 @@ pub(crate) fn attributes_of(fd: impl AsFd) -> Result<Attributes, Errno> {
 /// The same number, as the contract has it.
 pub(crate) fn errno(error: rustix::io::Errno) -> Errno {
     u32::try_from(error.raw_os_error()).map_or(Errno::IO, Errno)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_of_another_type_is_another_file_though_it_has_the_number_of_one_that_is_gone() {
+        let place = tempfile::tempdir().unwrap();
+        let folder: OwnedFd = std::fs::File::open(place.path()).unwrap().into();
+        let mut nodes = Nodes::new(folder.try_clone().unwrap(), 16);
+        std::fs::write(place.path().join("name"), "").unwrap();
+        let fd = hold(&folder, b"name").unwrap();
+        let mut told = about(&fd).unwrap();
+        // As a file system that does not say when a file was made.
+        (told.stx_btime.tv_sec, told.stx_btime.tv_nsec) = (0, 0);
+        let file = nodes.tell(fd.try_clone().unwrap(), &told, Node::ROOT, b"name").unwrap();
+        assert_eq!(nodes.tell(fd.try_clone().unwrap(), &told, Node::ROOT, b"name"), Ok(file));
+        told.stx_mode = told.stx_mode & !TYPE | 0o010_000;
+        assert_eq!(nodes.of(&told), None);
+        let fifo = nodes.tell(fd, &told, Node::ROOT, b"name").unwrap();
+        assert_ne!(fifo, file);
+        assert_eq!((nodes.kind(file), nodes.kind(fifo)), (Ok(FileType::RegularFile), Ok(FileType::Fifo)));
+    }
 }
