@@ -582,10 +582,10 @@ fn changes(action: &FolderAction) -> bool {
 }
 
 fn flags(access: Access) -> Done<OFlags> {
-    let Access { read, write, append, truncate, sync } = access;
+    let Access { read, write, append, truncate: _, sync } = access;
     let mut flags = match (read, write) {
         (true, true) => OFlags::RDWR,
-        (true, false) if !truncate => OFlags::RDONLY,
+        (true, false) => OFlags::RDONLY,
         (false, true) => OFlags::WRONLY,
         _ => return Err(Errno::INVAL),
     };

@@ -186,7 +186,7 @@ fn a_program_that_the_guest_changes_no_longer_runs_as_its_owner() {
     let set_mode = |share: &Share| {
         fs::set_permissions(share.path("program"), fs::Permissions::from_mode(0o6755)).unwrap();
     };
-    let ways: [(&str, Way); 6] = [
+    let ways: [(&str, Way); 7] = [
         ("written", |share, node, _| {
             let file = share.open_file(node, WRITE).unwrap();
             write(share, file);
@@ -197,6 +197,9 @@ fn a_program_that_the_guest_changes_no_longer_runs_as_its_owner() {
         }),
         ("emptied", |share, node, _| {
             share.open_file(node, tenon_abi::Access { truncate: true, ..WRITE }).unwrap();
+        }),
+        ("emptied to be read", |share, node, _| {
+            share.open_file(node, tenon_abi::Access { truncate: true, ..READ }).unwrap();
         }),
         ("shortened", |share, node, changes| {
             share.act(A::Change { node, file: None, changes }).unwrap();

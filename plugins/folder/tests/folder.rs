@@ -76,6 +76,15 @@ fn a_file_is_opened_for_what_was_asked_and_no_more() {
         rustix::io::pwrite(share.folder.file(file, Some((0, 2))).unwrap(), b"ab", 0).unwrap();
     }
     assert_eq!(fs::read(share.path("file")).unwrap(), b"abab");
+    // Who empties a file need not write to it.
+    let emptied = share.open_file(node, Access { truncate: true, ..READ }).unwrap();
+    assert_eq!(share.folder.file(emptied, Some((0, 1))).unwrap_err(), Errno::BADF);
+    assert_eq!(rustix::io::pread(share.folder.file(emptied, None).unwrap(), &mut [0; 4], 0), Ok(0));
+    let access = Access { truncate: true, ..READ };
+    fs::write(share.path("file"), "content").unwrap();
+    share.act(A::Create { new: new(Node::ROOT, "file", 0o644), access, exclusive: false }).unwrap();
+    assert_eq!(fs::metadata(share.path("file")).unwrap().len(), 0);
+    share.act(A::Create { new: new(Node::ROOT, "another", 0o644), access, exclusive: true }).unwrap();
 }
 
 #[test]
