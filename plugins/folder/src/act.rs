@@ -19,8 +19,8 @@ use tenon_abi::{
 };
 
 use crate::files::{Files, MOST_FILES, Opened, Purpose};
-use crate::nodes::{MOST_HELD, Nodes, attributes, attributes_of, errno};
-use crate::{BENEATH, Root, about, hold, reopen};
+use crate::nodes::{Identity, MOST_HELD, Nodes, attributes, attributes_of, errno};
+use crate::{BENEATH, Root, about, about_name, hold, reopen};
 
 /// The longest name in bytes.
 const LONGEST_NAME: usize = 255;
@@ -136,8 +136,7 @@ impl Folder {
             }
             A::ReadLink(node) => self.read_link(*node).map(FolderOutcome::Target),
             A::MakeFile(new) => {
-                let (file, folder) = self.make_file(new, OFlags::WRONLY)?;
-                self.enter(&file, &folder, &new.place).map(FolderOutcome::Entry)
+                self.make_file(new, OFlags::WRONLY).map(|(entry, _)| FolderOutcome::Entry(entry))
             }
             A::MakeFolder(new) => self.make_folder(new).map(FolderOutcome::Entry),
             A::MakeLink { new, target } => self.make_link(new, target).map(FolderOutcome::Entry),
@@ -215,6 +214,12 @@ impl Folder {
     fn change(&mut self, node: Node, file: Option<OpenFile>, changes: &Changes) -> Done<()> {
         let fd = self.nodes.fd(node)?;
         let kind = self.nodes.kind(node)?;
+        // What is no owner and no time is refused before anything changes.
+        let (uid, gid) = (changes.uid.map(uid).transpose()?, changes.gid.map(gid).transpose()?);
+        let times = Timestamps {
+            last_access: timespec(changes.accessed)?,
+            last_modification: timespec(changes.modified)?,
+        };
         if let Some(mode) = changes.mode {
             match kind {
                 FileType::Symlink => return Err(Errno::OPNOTSUPP),
@@ -223,8 +228,7 @@ impl Folder {
             }
             self.set_mode(&*fd, mode)?;
         }
-        if changes.uid.is_some() || changes.gid.is_some() {
-            let (uid, gid) = (changes.uid.map(uid).transpose()?, changes.gid.map(gid).transpose()?);
+        if uid.is_some() || gid.is_some() {
             chownat(&*fd, "", uid, gid, AtFlags::EMPTY_PATH).map_err(errno)?;
         }
         if let Some(size) = changes.size {
@@ -243,10 +247,6 @@ impl Folder {
             }
         }
         if changes.accessed.is_some() || changes.modified.is_some() {
-            let times = Timestamps {
-                last_access: timespec(changes.accessed)?,
-                last_modification: timespec(changes.modified)?,
-            };
             utimensat(&*fd, "", &times, AtFlags::EMPTY_PATH).map_err(errno)?;
         }
         Ok(())
@@ -270,58 +270,70 @@ impl Folder {
         Ok(readlinkat(&*self.nodes.fd(node)?, "", Vec::new()).map_err(errno)?.into_bytes())
     }
 
-    /// Makes a regular file that was not there, opened; and gives the folder.
-    fn make_file(&mut self, new: &NewFile, access: OFlags) -> Done<(File, Arc<OwnedFd>)> {
+    /// Makes a regular file that was not there, opened; and the device is told of it.
+    fn make_file(&mut self, new: &NewFile, access: OFlags) -> Done<(FolderEntry, File)> {
         check_mode(new.mode)?;
+        let owner = owner(new)?;
         let (folder, name) = self.place(&new.place)?;
         let flags =
             access | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NOCTTY;
         let mode = Mode::from_raw_mode(new.mode & PERMISSIONS);
         let file: File = openat2(&*folder, name, flags, mode, BENEATH).map_err(errno)?.into();
-        self.give(&file, &folder, new)?;
-        // This process's mask has nothing to say: the guest's had.
-        if attributes_of(&file)?.mode & PERMISSIONS != new.mode & PERMISSIONS {
-            fchmod(&file, mode).map_err(errno)?;
-        }
-        Ok((file, folder))
+        let made = about(&file).map(|about| Identity::of(&about));
+        let entry = self.settle_file(&file, &folder, owner, new);
+        Ok((unless_failed(entry, made, &folder, name, AtFlags::empty())?, file))
     }
 
-    /// The device is told of a file that was just made.
-    fn enter(&mut self, file: &File, folder: &OwnedFd, place: &Place) -> Done<FolderEntry> {
+    /// Gives a file that was just made its owner and mode, and tells the device of it.
+    fn settle_file(
+        &mut self,
+        file: &File,
+        folder: &OwnedFd,
+        owner: (Uid, Gid),
+        new: &NewFile,
+    ) -> Done<FolderEntry> {
+        self.give(file, folder, owner)?;
+        // This process's mask has nothing to say: the guest's had.
+        if attributes_of(file)?.mode & PERMISSIONS != new.mode & PERMISSIONS {
+            fchmod(file, Mode::from_raw_mode(new.mode & PERMISSIONS)).map_err(errno)?;
+        }
         // By the descriptor, since the name may be another file's by now.
         let flags = OFlags::PATH | OFlags::CLOEXEC;
         let fd = openat(&self.root.descriptors, Self::name_of(file), flags, Mode::empty()).map_err(errno)?;
-        let entry = self.found(fd, place);
-        if entry.is_err() {
-            let _ = unlinkat(folder, place.name.as_slice(), AtFlags::empty());
-        }
-        entry
+        self.found(fd, &new.place)
     }
 
     /// Gives something new to its owner, as far as this process may.
-    fn give(&self, fd: impl AsFd, folder: impl AsFd, new: &NewFile) -> Done<()> {
+    fn give(&self, fd: impl AsFd, folder: impl AsFd, (uid, gid): (Uid, Gid)) -> Done<()> {
         if !self.gives_away {
             return Ok(());
         }
         let is = attributes_of(&fd)?;
         // The group is the folder's where that says so.
         let inherits = attributes_of(folder)?.mode & SET_GROUP != 0;
-        let wanted = if inherits { is.gid } else { new.gid };
-        if (is.uid, is.gid) != (new.uid, wanted) {
+        let gid = if inherits { Gid::from_raw(is.gid) } else { gid };
+        if (is.uid, is.gid) != (uid.as_raw(), gid.as_raw()) {
             // As root of a user namespace this process may not give to all.
-            let _ = chownat(fd, "", Some(uid(new.uid)?), Some(gid(wanted)?), AtFlags::EMPTY_PATH);
+            let _ = chownat(fd, "", Some(uid), Some(gid), AtFlags::EMPTY_PATH);
         }
         Ok(())
     }
 
     fn make_folder(&mut self, new: &NewFile) -> Done<FolderEntry> {
+        let owner = owner(new)?;
         let (folder, name) = self.place(&new.place)?;
         let mode = new.mode & PERMISSIONS;
         mkdirat(&*folder, name, Mode::from_raw_mode(mode)).map_err(errno)?;
-        let fd = hold(&*folder, name).map_err(errno)?;
-        let made = attributes_of(&fd)?;
+        let made = identity_at(&folder, name);
+        let entry = self.settle_folder(&folder, owner, new);
+        unless_failed(entry, made, &folder, name, AtFlags::REMOVEDIR)
+    }
+
+    fn settle_folder(&mut self, folder: &OwnedFd, owner: (Uid, Gid), new: &NewFile) -> Done<FolderEntry> {
+        let fd = hold(folder, &new.place.name).map_err(errno)?;
+        let (made, mode) = (attributes_of(&fd)?, new.mode & PERMISSIONS);
         if FileType::from_raw_mode(made.mode) == FileType::Directory {
-            self.give(&fd, &*folder, new)?;
+            self.give(&fd, folder, owner)?;
             // The group bit comes from the folder above.
             if made.mode & PERMISSIONS & !SET_GROUP != mode & !SET_GROUP {
                 self.set_mode(&fd, mode | made.mode & SET_GROUP)?;
@@ -337,13 +349,20 @@ impl Folder {
         if target.len() > LONGEST_TARGET {
             return Err(Errno::NAMETOOLONG);
         }
+        let owner = owner(new)?;
         let (folder, name) = self.place(&new.place)?;
         symlinkat(target, &*folder, name).map_err(errno)?;
-        let fd = hold(&*folder, name).map_err(errno)?;
+        let made = identity_at(&folder, name);
+        let entry = self.settle_link(&folder, owner, &new.place);
+        unless_failed(entry, made, &folder, name, AtFlags::empty())
+    }
+
+    fn settle_link(&mut self, folder: &OwnedFd, owner: (Uid, Gid), place: &Place) -> Done<FolderEntry> {
+        let fd = hold(folder, &place.name).map_err(errno)?;
         if FileType::from_raw_mode(attributes_of(&fd)?.mode) == FileType::Symlink {
-            self.give(&fd, &*folder, new)?;
+            self.give(&fd, folder, owner)?;
         }
-        self.found(fd, &new.place)
+        self.found(fd, place)
     }
 
     fn link(&mut self, node: Node, place: &Place) -> Done<FolderEntry> {
@@ -355,7 +374,9 @@ impl Folder {
         // Without the right to link any descriptor, its name in procfs is followed: to the file itself, not further.
         let from = Self::name_of(&*fd);
         linkat(&self.root.descriptors, from, &*folder, name, AtFlags::SYMLINK_FOLLOW).map_err(errno)?;
-        self.look_up(place)
+        let made = about(&*fd).map(|about| Identity::of(&about));
+        let entry = self.look_up(place);
+        unless_failed(entry, made, &folder, name, AtFlags::empty())
     }
 
     /// The node at a place, if the device knows it; it then has a descriptor.
@@ -427,8 +448,7 @@ impl Folder {
         for _ in 0..ATTEMPTS {
             // Never anything but a new file: what is there may be a FIFO.
             match self.make_file(new, flags) {
-                Ok((file, folder)) => {
-                    let entry = self.enter(&file, &folder, &new.place)?;
+                Ok((entry, file)) => {
                     return Ok((entry, self.files.add(Opened { file, purpose: Purpose::Data(access) })));
                 }
                 Err(Errno::EXIST) if !exclusive => {}
@@ -601,6 +621,30 @@ fn flags(access: Access) -> Done<OFlags> {
 /// A file of the guest's must not run as this process's user.
 fn check_mode(mode: u32) -> Done<()> {
     if mode & RUN_AS_OWNER == 0 { Ok(()) } else { Err(Errno::PERM) }
+}
+
+/// To whom something new belongs.
+fn owner(new: &NewFile) -> Done<(Uid, Gid)> {
+    Ok((uid(new.uid)?, gid(new.gid)?))
+}
+
+/// What a name in a folder stands for now.
+fn identity_at(folder: &OwnedFd, name: &[u8]) -> rustix::io::Result<Identity> {
+    about_name(folder, name).map(|about| Identity::of(&about))
+}
+
+/// What came of telling the device of something that was made: where that failed, it is removed again, unless its name is another file's by now.
+fn unless_failed(
+    told: Done<FolderEntry>,
+    made: rustix::io::Result<Identity>,
+    folder: &OwnedFd,
+    name: &[u8],
+    flags: AtFlags,
+) -> Done<FolderEntry> {
+    if told.is_err() && made.is_ok_and(|made| identity_at(folder, name) == Ok(made)) {
+        let _ = unlinkat(folder, name, flags);
+    }
+    told
 }
 
 /// A user's number; -1 is none.

@@ -117,9 +117,15 @@ pub fn raise_open_files() {
 
 /// What statx(2) tells of what a descriptor stands for.
 fn about(fd: impl AsFd) -> Result<rustix::fs::Statx, Errno> {
-    let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
-    statx(fd, "", AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW, mask)
+    statx(fd, "", AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW, ABOUT)
 }
+
+/// The same of what a name in a folder stands for, without a descriptor for it.
+fn about_name(folder: impl AsFd, name: &[u8]) -> Result<rustix::fs::Statx, Errno> {
+    statx(folder, name, AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT, ABOUT)
+}
+
+const ABOUT: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::BTIME);
 
 /// Opens a name beneath a folder without opening what it names.
 fn hold(folder: impl AsFd, name: &[u8]) -> Result<OwnedFd, Errno> {

@@ -110,8 +110,15 @@ fn attributes_change_together_or_alone() {
     assert!(later.accessed.seconds > 1_000_000_000);
     assert_eq!(later.modified, now.modified);
     let wrong = NewTime::At(FileTime { seconds: 0, nanoseconds: 1_000_000_000 });
-    let changes = Changes { accessed: Some(wrong), ..Changes::default() };
-    assert_eq!(share.act(A::Change { node, file: None, changes }), Err(Errno::INVAL));
+    for wrong in [
+        Changes { accessed: Some(wrong), ..Changes::default() },
+        Changes { uid: Some(u32::MAX), ..Changes::default() },
+    ] {
+        let changes = Changes { mode: Some(0o600), size: Some(0), ..wrong };
+        assert_eq!(share.act(A::Change { node, file: None, changes }), Err(Errno::INVAL));
+        let is = fs::metadata(share.path("file")).unwrap();
+        assert_eq!((is.len(), is.mode()), (3, 0o100_640), "nothing of what is refused is done");
+    }
     let changes = Changes { size: Some(u64::MAX), ..Changes::default() };
     assert_eq!(share.act(A::Change { node, file: None, changes }), Err(Errno::FBIG));
     let reader = share.open_file(node, READ).unwrap();
