@@ -30,6 +30,10 @@ const LONGEST_TARGET: usize = 4095;
 const MOST_ROOM: u32 = 128 << 10;
 /// The least that a name takes in a list.
 const LEAST_EACH: u32 = 24;
+/// What a name of up to 12 bytes takes in a list of the host's (`linux_dirent64`).
+const HOST_EACH: u32 = 32;
+/// Room for the longest name in one.
+const LEAST_BUFFER: u32 = 512;
 /// How often making or opening a file is tried again, when others make and remove it.
 const ATTEMPTS: usize = 16;
 const PERMISSIONS: u32 = 0o7777;
@@ -495,20 +499,27 @@ impl Folder {
             return Err(Errno::NOTDIR);
         };
         seek(file, SeekFrom::Start(position)).map_err(errno)?;
-        let (mut items, mut left) = (Vec::new(), room);
-        // The host's own records are no smaller than those of the device.
-        let mut names = vec![MaybeUninit::uninit(); room.max(4096) as usize];
+        let own = attributes_of(file)?.inode;
+        let (mut items, mut left, each) = (Vec::new(), room, each.max(LEAST_EACH));
+        // As many names as there is room for, if they are of usual length. Others are asked for in several calls, or are read in vain.
+        let size = (room / each * HOST_EACH).min(room).max(LEAST_BUFFER);
+        let mut names = vec![MaybeUninit::uninit(); size as usize];
         let mut all = RawDir::new(file, &mut names);
         while let Some(item) = all.next() {
-            let item = item.map_err(errno)?;
+            let item = match item {
+                Ok(item) => item,
+                // The device must hear of the nodes that it was told of. Going on from there brings the error again.
+                Err(_) if !items.is_empty() => break,
+                Err(error) => return Err(errno(error)),
+            };
             let name = item.file_name().to_bytes();
             let length = u32::try_from(name.len()).unwrap_or(u32::MAX);
-            let takes = each.max(LEAST_EACH).saturating_add(length).checked_next_multiple_of(8);
+            let takes = each.saturating_add(length).checked_next_multiple_of(8);
             let Some(rest) = takes.and_then(|takes| left.checked_sub(takes)) else { break };
             left = rest;
             // Above the shared folder there is nothing.
             let above = *node == Node::ROOT && name == b"..";
-            let inode = if above { attributes_of(file)?.inode } else { item.ino() };
+            let inode = if above { own } else { item.ino() };
             let found = if entries && !matches!(name, b"." | b"..") {
                 // What cannot be told of, such as a mount point, is listed all the same.
                 hold(file, name).ok().and_then(|fd| {

@@ -209,6 +209,60 @@ fn a_long_list_comes_whole_in_pieces_with_what_is_named() {
 }
 
 #[test]
+fn a_list_with_what_is_named_reads_hardly_more_names_than_it_gives() {
+    let mut share = Share::new();
+    for n in 0..500 {
+        fs::write(share.path(format!("name-{n:04}")), "").unwrap();
+    }
+    let O::Opened(file) = share.act(A::OpenFolder(Node::ROOT)).unwrap() else { panic!() };
+    let list = |room, each, entries| A::Names { file, position: 0, room, each, entries };
+    let O::Items(all) = share.act(list(64 << 10, 24, false)).unwrap() else { panic!() };
+    let O::Items(given) = share.act(list(8192, 152, true)).unwrap() else { panic!() };
+    assert_eq!(all.len(), 502);
+    assert!(given.len() > 40);
+    let position = position_of_what_is_listed(&share.path(""));
+    let read = all.iter().position(|item| item.next == position).unwrap() + 1;
+    assert!((given.len()..given.len() * 3 / 2).contains(&read), "{read} for {}", given.len());
+}
+
+/// How far this process has read in the folder of this path.
+fn position_of_what_is_listed(folder: &std::path::Path) -> u64 {
+    const O_PATH: u64 = 0o10_000_000;
+    let number = |text: &str, name: &str, radix| {
+        let value = text.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        u64::from_str_radix(value.trim(), radix).unwrap()
+    };
+    let folder = fs::canonicalize(folder).unwrap();
+    let found = fs::read_dir("/proc/self/fd").unwrap().find_map(|entry| {
+        let entry = entry.unwrap();
+        // Others come and go meanwhile.
+        let is_it = fs::read_link(entry.path()).is_ok_and(|path| path == folder);
+        let info = fs::read_to_string(std::path::Path::new("/proc/self/fdinfo").join(entry.file_name()));
+        info.ok().filter(|info| is_it && number(info, "flags:", 8) & O_PATH == 0)
+    });
+    number(&found.unwrap(), "pos:", 10)
+}
+
+#[test]
+fn lists_of_the_longest_names_are_whole_in_the_least_room() {
+    let mut share = Share::new();
+    let name = |n: u32| format!("{n:0255}");
+    (0..50).for_each(|n| fs::write(share.path(name(n)), "").unwrap());
+    let O::Opened(file) = share.act(A::OpenFolder(Node::ROOT)).unwrap() else { panic!() };
+    for (room, each) in [(408, 152), (280, 24), (4096, 152), (20_000, 152)] {
+        let (mut found, mut position) = (BTreeSet::new(), 0);
+        loop {
+            let list = A::Names { file, position, room, each, entries: each == 152 };
+            let O::Items(items) = share.act(list).unwrap() else { panic!() };
+            let Some(last) = items.last() else { break };
+            position = last.next;
+            found.extend(items.into_iter().map(|item| item.name));
+        }
+        assert_eq!(found.len(), 52, "in {room} bytes");
+    }
+}
+
+#[test]
 fn space_holes_and_the_file_system_are_told() {
     let mut share = Share::new();
     let (entry, file) = share.create(Node::ROOT, "file", WRITE).unwrap();
