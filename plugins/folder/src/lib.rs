@@ -17,8 +17,8 @@
 //! # What is bounded
 //!
 //! A device has at most [`MOST_NODES`] nodes and [`MOST_FILES`] open files; past that it is told `ENFILE`. Of the nodes at most [`MOST_HELD`] have a descriptor: one that is not used for a while
-//! is closed, and opened again by its last name when it is wanted; if that is another file by now, the device is told `ESTALE`. Neither takes more than an eighth of the files that
-//! this process may open ([`raise_open_files`]).
+//! is closed, and opened again by its last name when it is wanted; if that is another file by now, the device is told `ESTALE`. So it is of removed files that it has not forgotten, where
+//! those are more than half of that. Neither takes more than an eighth of the files that this process may open ([`raise_open_files`]).
 //!
 //! # Owners
 //!

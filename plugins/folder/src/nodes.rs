@@ -9,8 +9,8 @@ use tenon_abi::{Attributes, Errno, FileTime, Node};
 
 use crate::{about, hold};
 
-/// The most nodes that a device may know.
-pub const MOST_NODES: usize = 256 << 10;
+/// The most nodes that a device may know: as many as tables of 2^20 places take, which with the names come to some 200 MB.
+pub const MOST_NODES: usize = 7 << 17;
 /// The most nodes of one device that have a descriptor.
 pub const MOST_HELD: usize = 4096;
 /// How many folders lie between a node and the next one with a descriptor, at most.
@@ -52,7 +52,7 @@ struct Known {
     fd: Option<Arc<OwnedFd>>,
     /// It was used since its descriptor was last thought of closing.
     recent: bool,
-    /// Its last name is gone: without its descriptor it would be lost.
+    /// Its last name is gone, and its descriptor is kept, without which it would be lost.
     nameless: bool,
     /// Where it was last found.
     folder: Node,
@@ -66,6 +66,8 @@ pub(crate) struct Nodes {
     by_identity: HashMap<Identity, Node>,
     /// Nodes with a descriptor, in the order in which they are thought of closing.
     held: VecDeque<Node>,
+    /// How many are nameless: at most half of those that have a descriptor, so that there is always one to close.
+    nameless: usize,
     next: u64,
     root: Arc<OwnedFd>,
     /// The most descriptors.
@@ -79,6 +81,7 @@ impl Nodes {
             known: HashMap::new(),
             by_identity: HashMap::new(),
             held: VecDeque::new(),
+            nameless: 0,
             next: Node::ROOT.0 + 1,
             root: Arc::new(root),
             most_held,
@@ -90,6 +93,7 @@ impl Nodes {
         self.known.clear();
         self.by_identity.clear();
         self.held.clear();
+        self.nameless = 0;
     }
 
     /// The most that have a descriptor.
@@ -190,9 +194,9 @@ impl Nodes {
             && let Some(known) = self.known.get_mut(node)
         {
             known.count = known.count.saturating_add(1);
-            (known.folder, known.name, known.nameless) = (folder, name.into(), false);
-            let node = *node;
-            if known.fd.is_none() {
+            let (node, is_held) = (*node, known.fd.is_some());
+            self.moved(node, folder, name);
+            if !is_held {
                 self.keep(node, Arc::new(fd));
             }
             return Ok(node);
@@ -207,11 +211,6 @@ impl Nodes {
         self.known.insert(node, known);
         self.by_identity.insert(identity, node);
         self.keep(node, Arc::new(fd));
-        // Only what cannot lose its descriptor is left: a guest that keeps on to thousands of removed files.
-        if self.held.len() > self.most_held.saturating_mul(2) {
-            self.forget(node, 1);
-            return Err(Errno::NFILE);
-        }
         Ok(node)
     }
 
@@ -224,6 +223,7 @@ impl Nodes {
         }
         if let Some(known) = self.known.remove(&node) {
             self.by_identity.remove(&known.identity);
+            self.nameless -= usize::from(known.nameless);
             if known.fd.is_some() {
                 self.drop_from_held(node);
             }
@@ -249,16 +249,21 @@ impl Nodes {
     pub(crate) fn moved(&mut self, node: Node, folder: Node, name: &[u8]) {
         if let Some(known) = self.known.get_mut(&node) {
             (known.folder, known.name) = (folder, name.into());
+            self.nameless -= usize::from(std::mem::take(&mut known.nameless));
         }
     }
 
-    /// A name of this node was taken away. Its descriptor is what is left of it, unless it is found again elsewhere.
+    /// A name of this node was taken away. Its descriptor is what is left of it, unless it is found again elsewhere; where too many are left in this way, it goes when others need the
+    /// descriptor.
     pub(crate) fn unnamed(&mut self, node: Node, folder: Node, name: &[u8]) {
+        let is_room = self.nameless < self.most_held / 2;
         if let Some(known) = self.known.get_mut(&node)
             && known.folder == folder
             && *known.name == *name
+            && !known.nameless
         {
-            known.nameless = true;
+            known.nameless = is_room;
+            self.nameless += usize::from(is_room);
         }
     }
 }

@@ -328,6 +328,50 @@ fn more_nodes_than_descriptors_are_found_again_by_name_and_only_as_what_they_wer
 }
 
 #[test]
+fn removed_files_that_are_not_forgotten_take_no_more_descriptors_than_others() {
+    tenon_folder::raise_open_files();
+    let mut share = Share::new();
+    let (most_held, _) = share.folder.limits();
+    let count = most_held + 500;
+    let mut nodes = Vec::new();
+    for n in 0..count {
+        let name = format!("{n}");
+        fs::write(share.path(&name), &name).unwrap();
+        nodes.push(share.look_up(Node::ROOT, &name).unwrap().node);
+    }
+    for n in 0..count {
+        share.act(A::Remove(at(Node::ROOT, &format!("{n}")))).unwrap();
+    }
+    let (known, held, _) = share.folder.counts();
+    assert_eq!(known, count);
+    assert!(held <= most_held, "{held} descriptors of at most {most_held}");
+    // Half of them are still there, and new ones are found as ever.
+    let is_there = |share: &mut Share, node: Node| match share.act(A::Attributes { node, file: None }) {
+        Ok(_) => true,
+        Err(Errno::STALE) => false,
+        Err(other) => panic!("{other}"),
+    };
+    let mut others = Vec::new();
+    for n in 0..most_held {
+        fs::write(share.path(format!("new-{n}")), "").unwrap();
+        others.push(share.look_up(Node::ROOT, &format!("new-{n}")).unwrap().node);
+    }
+    let there = nodes.iter().filter(|node| is_there(&mut share, **node)).count();
+    assert_eq!(there, most_held / 2);
+    assert!(others.iter().all(|node| is_there(&mut share, *node)));
+    let (_, held, _) = share.folder.counts();
+    assert!(held <= most_held, "{held} descriptors of at most {most_held}");
+    // When these are forgotten there is room for others.
+    share.act(A::Forget(nodes.iter().map(|node| (*node, 1)).collect())).unwrap();
+    share.act(A::Remove(at(Node::ROOT, "new-0"))).unwrap();
+    for n in 0..most_held {
+        fs::write(share.path(format!("more-{n}")), "").unwrap();
+        share.look_up(Node::ROOT, &format!("more-{n}")).unwrap();
+    }
+    assert!(others.iter().all(|node| is_there(&mut share, *node)));
+}
+
+#[test]
 fn open_files_are_bounded() {
     tenon_folder::raise_open_files();
     let mut share = Share::new();
