@@ -7,7 +7,6 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
 
 use support::{READ, Share, WRITE, at, entry, new};
 use tenon_abi::{Changes, Errno, FolderAction as A, FolderOutcome as O, Node, RenameHow};
@@ -128,7 +127,6 @@ fn fifos_sockets_and_devices_are_seen_and_not_opened() {
         Ok(()) => names.push("device"),
         Err(error) => println!("not run: a device node cannot be made: {error}"),
     }
-    let begun = Instant::now();
     for name in names {
         let node = share.look_up(Node::ROOT, name).unwrap().node;
         for access in [READ, WRITE, tenon_abi::Access { truncate: true, ..WRITE }] {
@@ -139,7 +137,6 @@ fn fifos_sockets_and_devices_are_seen_and_not_opened() {
         let size = Changes { size: Some(0), ..Changes::default() };
         assert_eq!(share.act(A::Change { node, file: None, changes: size }), Err(Errno::INVAL), "{name}");
     }
-    assert!(begun.elapsed() < Duration::from_secs(5), "something waited for the other end");
     // A writer that waits on the host for a reader still waits: nobody has opened the other end.
     let flags = rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::NONBLOCK;
     let writer = rustix::fs::open(share.path("fifo"), flags, rustix::fs::Mode::empty());
@@ -320,9 +317,9 @@ fn a_name_that_becomes_a_link_while_it_is_walked_leads_nowhere() {
     });
     let outside = fs::metadata(share.outside("secret")).unwrap().ino();
     let (mut folders, mut links) = (0, 0);
-    let until = Instant::now() + Duration::from_secs(20);
     // Until both faces of the name were met, often.
-    while (folders < 200 || links < 200 || swaps.load(Ordering::Relaxed) < 200) && Instant::now() < until {
+    while folders < 200 || links < 200 || swaps.load(Ordering::Relaxed) < 200 {
+        assert!(!swapper.is_finished(), "nobody swaps any more");
         let Ok(found) = share.look_up(Node::ROOT, "here") else { continue };
         match share.look_up(found.node, "secret") {
             Ok(secret) => {
@@ -340,7 +337,6 @@ fn a_name_that_becomes_a_link_while_it_is_walked_leads_nowhere() {
     }
     stop.store(true, Ordering::Relaxed);
     swapper.join().unwrap();
-    assert!(folders > 0 && links > 0, "{folders} folders and {links} links were met");
     let names: Vec<_> =
         fs::read_dir(share.outside("")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(names, ["secret"], "something was made outside");
