@@ -1,5 +1,7 @@
 //! One request of the driver: what it asks is asked of the folder, and what that says is its answer.
 
+use std::borrow::Cow;
+
 use tenon_sdk::virtio::{
     self, Access, AllocateHow, Changes, Errno, FileRange, FileTime, Folder, Handle, NewFile, NewTime, Node,
     OpenFile, Place, RenameHow, Request,
@@ -59,16 +61,16 @@ pub(crate) fn serve(folder: &Folder, request: &Request<'_>) -> u32 {
         // There is no room to say anything, so nothing is done.
         return 0;
     }
-    let mut bytes = head.to_vec();
-    let from = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+    let mut bytes = Cow::Borrowed(head);
+    let from = u32::try_from(head.len()).unwrap_or(u32::MAX);
     if header.op != op::WRITE && readable > from {
-        bytes.extend(virtio::read(handle, from, readable.min(LONGEST).saturating_sub(from)));
+        bytes.to_mut().extend(virtio::read(handle, from, readable.min(LONGEST).saturating_sub(from)));
     }
     let reply = if header.length > readable {
         Err(Errno::INVAL)
     } else {
-        bytes.truncate(usize::try_from(header.length).unwrap_or(usize::MAX));
-        let body = bytes.get(IN_HEADER as usize..).unwrap_or_default();
+        let end = bytes.len().min(usize::try_from(header.length).unwrap_or(usize::MAX));
+        let body = bytes.get(IN_HEADER as usize..end).unwrap_or_default();
         Caller { folder, handle, header, writable }.answer(Body(body))
     };
     match reply {
