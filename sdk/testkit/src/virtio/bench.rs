@@ -53,7 +53,7 @@ impl VirtioSetup {
         self
     }
 
-    /// The folder of this name: one of the host that runs the test, read-only or not.
+    /// The folder of this name: one of the host that runs the test, read-only or not. No more than 16 MiB of it are allocated at once.
     #[must_use]
     pub fn folder(mut self, name: &str, path: &Path, read_only: bool) -> Self {
         self.folders.insert(name.to_owned(), (path.to_owned(), read_only));
@@ -506,9 +506,16 @@ impl<D: VirtioDevice> VirtioBench<D> {
 
     /// A new device in the place of the old one, with a state. Requests wait.
     fn replace(&mut self, state: &SavedState) -> Result<()> {
+        let streams = self.outside.sockets.borrow().clone();
         self.outside.detach();
-        let mut device = start(&self.config, &self.description, &self.outside)?;
-        hosted::enter(&self.outside, || virtio::restore(&mut device, state))?;
+        let device = start(&self.config, &self.description, &self.outside).and_then(|mut device| {
+            hosted::enter(&self.outside, || virtio::restore(&mut device, state))?;
+            Ok(device)
+        });
+        let device = device.inspect_err(|_| {
+            // The old one stays, and still holds them.
+            self.outside.sockets.replace(streams);
+        })?;
         hosted::enter(&self.outside, || drop(std::mem::replace(&mut self.device, device)));
         Ok(())
     }
