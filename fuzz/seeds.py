@@ -80,6 +80,110 @@ def balloon():
     put("virtio_balloon", "all", b"\1" + ALL + both + ask + submit(3, request(room=65536)) + deed(5, 0, 6, 4) + struct.pack("<Q", 7) + ADVANCE)
     put("virtio_balloon", "moved", b"\2" + chosen(0) + both + b"".join(deed(9, n) for n in range(5)) + submit(2, request(room=4096)) + DAMAGE + RESET + both + ask)
 
+class Fuse:
+    """Requests to a file system. Node 1 is the folder; what is told of first is 2. The first file that is opened is 0."""
+    def __init__(self):
+        self.unique = 0
+
+    def ask(self, op, node, body=b"", room=512, more=0, queue=1):
+        self.unique += 1
+        head = struct.pack("<IIQQIIII", 40 + len(body) + more, op, self.unique, node, 0, 0, 1, 0)
+        return submit(queue, request(head + body, more, room))
+
+    def init(self):
+        return self.ask(26, 0, struct.pack("<IIII", 7, 38, 4096, 0xffffffff))
+
+    def create(self, name, flags=2, node=1):
+        return self.ask(35, node, struct.pack("<IIII", flags, 0o644, 0, 0) + name)
+
+    def open(self, node, flags=2, op=14):
+        return self.ask(op, node, struct.pack("<II", flags, 0))
+
+    def write(self, node, file, position, length):
+        return self.ask(16, node, struct.pack("<QQIIQII", file, position, length, 0, 0, 0, 0), 496, length)
+
+    def read(self, node, file, position=0, length=4096, op=15, room=4096):
+        return self.ask(op, node, struct.pack("<QQIIQII", file, position, length, 0, 0, 0, 0), room)
+
+    def set(self, node, valid, size=0, file=0, mode=0o640):
+        return self.ask(4, node, struct.pack("<IIQQQQQQIIIIIIII", valid, 0, file, size, 0, 1, 2, 0, 3, 4, 0, mode, 0, 0, 0, 0))
+
+    def close(self, node, file, op=18):
+        return self.ask(op, node, struct.pack("<QIIQ", file, 0, 0, 0))
+
+    def sync(self, node, file, op=20):
+        return self.ask(op, node, struct.pack("<QII", file, 1, 0))
+
+    def space(self, node, file, length, how):
+        return self.ask(43, node, struct.pack("<QQQII", file, 0, length, how, 0))
+
+    def seek(self, node, file, whence):
+        return self.ask(46, node, struct.pack("<QQII", file, 0, whence, 0))
+
+    def forget(self, node, count=1):
+        return self.ask(2, node, struct.pack("<Q", count), 0, queue=0)
+
+def fs():
+    def start(form):
+        f = Fuse()
+        return f, form + ALL + f.init()
+    made = lambda which, form: deed(10, which, form)
+    gone = lambda which: deed(11, which, 0)
+    attributes = struct.pack("<IIQ", 0, 0, 0)
+
+    f, out = start(b"\0")
+    out += f.create(b"a\0") + f.write(2, 0, 0, 513) + f.read(2, 0) + f.ask(3, 2, attributes) + f.ask(3, 2, struct.pack("<IIQ", 1, 0, 0))
+    out += f.set(2, 0x1b9, 100) + f.set(2, 0x48, 4) + f.sync(2, 0) + f.seek(2, 0, 4) + f.seek(2, 0, 3) + f.space(2, 0, 4096, 0) + f.space(2, 0, 4096, 3)
+    out += f.open(2, 0o2001) + f.write(2, 1, 0, 20) + f.open(2, 0o1000) + f.read(2, 2) + f.close(2, 1) + ROUND + f.read(2, 0)
+    put("virtio_fs", "file", out + f.ask(10, 1, b"a\0") + f.close(2, 0) + f.read(2, 0) + f.forget(2) + f.ask(3, 2, attributes))
+
+    f, out = start(b"\0")
+    out += f.ask(9, 1, struct.pack("<II", 0o755, 0) + b"a\0") + f.ask(8, 1, struct.pack("<IIII", 0o100644, 0, 0, 0) + b"b\0")
+    out += f.ask(6, 2, b"l\0../b\0") + f.ask(5, 4, room=4096) + f.ask(13, 2, struct.pack("<Q", 3) + b"h\0") + f.ask(12, 1, struct.pack("<Q", 2) + b"b\0b\0")
+    out += f.ask(45, 2, struct.pack("<QII", 2, 2, 0) + b"b\0l\0") + f.ask(45, 2, struct.pack("<QII", 2, 1, 0) + b"b\0h\0") + f.ask(11, 1, b"a\0")
+    out += b"".join(f.ask(10, 2, name) for name in [b"b\0", b"l\0", b"h\0"]) + f.ask(11, 1, b"a\0") + f.ask(17, 1) + f.ask(1, 1, b"a\0")
+    put("virtio_fs", "names", out + f.ask(9, 1, struct.pack("<II", 0o2755, 0) + b"a\0") + DAMAGE + f.ask(36, 0, struct.pack("<Q", 1), 0) + f.ask(1, 1, b"a\0") + RESET + f.init() + f.ask(1, 1, b"a\0"))
+
+    f, out = start(b"\0")
+    out += b"".join(made(n, n) for n in range(8)) + f.open(1, 0, 27) + f.read(1, 0, 0, 4096, 28) + f.read(1, 0, 0, 4096, 44) + f.read(1, 0, 0, 496, 44, 512)
+    out += f.sync(1, 0, 30) + f.ask(42, 0, struct.pack("<IIQQQQ", 2, 0, 2, 1, 3, 2), 0, queue=0) + f.read(1, 0, 7, 4096, 28) + f.close(1, 0, 29)
+    put("virtio_fs", "lists", out + f.read(1, 0, 0, 4096, 28) + f.ask(38, 0) + f.init() + f.open(1, 0, 27) + f.read(1, 0, 0, 65536, 44, 65536))
+
+    f, out = start(b"\0")
+    out += made(0, 0x93) + made(1, 4) + made(2, 6) + made(3, 7) + b"".join(f.ask(1, 1, name + b"\0") for name in [b"a", b"b", b"c", b"d"])
+    out += f.open(2) + f.write(2, 0, 0, 12) + f.open(5) + f.open(4) + f.ask(5, 4) + gone(0) + made(0, 7) + f.open(2, 0o1001) + f.set(2, 8) + ROUND + f.ask(1, 1, b"a\0")
+    put("virtio_fs", "others", out + deed(12, 1, 2) + f.create(b"x\0", node=3) + gone(1) + made(1, 6) + f.create(b"b\0") + f.ask(1, 3, b"x\0") + f.ask(3, 3, attributes))
+
+    f, out = start(b"\1")
+    out += made(0, 0x90) + f.ask(1, 1, b"a\0") + f.open(2, 0) + f.read(2, 0) + f.open(2) + f.open(2, 0o1000) + f.set(2, 8) + f.write(2, 0, 0, 12) + f.space(2, 0, 1, 3)
+    put("virtio_fs", "read-only", out + f.create(b"a\0") + f.ask(10, 1, b"a\0") + f.ask(99, 1) + submit(1, request(b"short", 0, 20), request(b"", 0, 0), request(bytes(40), 0, 13)))
+
+def vsock():
+    RECEIVE, TRANSMIT, EVENTS = range(3)
+    REQUEST, RESPONSE, RST, SHUTDOWN, RW, UPDATE, ASK = range(1, 8)
+    FIRST = 1 << 30
+    def packet(op, guest, host, more=0, flags=0, room=65536, forwarded=0, cid=2, kind=1):
+        head = struct.pack("<QQIIIHHIII", 3, cid, guest, host, more, kind, op, flags, room, forwarded)
+        return submit(TRANSMIT, request(head, more))
+    room = submit(RECEIVE, *[request(room=4096)] * 4)
+    listen = lambda port: deed(10, port, 0)
+    begin = lambda port: deed(10, port, 2)
+    push = lambda stream, length: deed(11, stream, LENGTHS.index(length) << 4)
+    end = lambda stream, how, length=0: deed(12, stream, LENGTHS.index(length) << 4 | how)
+    FINISH, HANG_UP, HOLD, RELEASE = range(4)
+
+    out = ALL + room + listen(5) + packet(REQUEST, 1, 5) + packet(RW, 1, 5, 513) + push(0, 4096) + room + packet(ASK, 1, 5) + packet(UPDATE, 1, 5, forwarded=4096)
+    out += packet(SHUTDOWN, 1, 5, flags=1) + packet(RW, 1, 5, 20) + end(0, FINISH) + room + packet(SHUTDOWN, 1, 5, flags=2) + packet(RW, 1, 5, 20)
+    put("virtio_vsock", "from-the-guest", out + room + packet(REQUEST, 1, 6) + packet(RST, 1, 6) + packet(REQUEST, 1, 5, kind=2) + packet(REQUEST, 1, 5, cid=7) + room)
+    out = ALL + begin(7) + room + packet(RESPONSE, 7, FIRST) + push(0, 65536) + room + room + packet(UPDATE, 7, FIRST, room=100, forwarded=4000) + push(0, 4096)
+    out += room + room + packet(UPDATE, 7, FIRST, room=65536, forwarded=8000) + room + end(0, HANG_UP) + room + begin(8) + room + packet(RST, 8, FIRST + 1)
+    put("virtio_vsock", "from-outside", out + begin(9) + room + end(0, HANG_UP) + room + packet(RESPONSE, 9, FIRST + 2) + room)
+    out = ALL + submit(EVENTS, request(room=4), request(room=13)) + room + listen(5) + packet(REQUEST, 1, 5) + end(0, HOLD)
+    out += packet(RW, 1, 5, 4096) * 12 + packet(ASK, 1, 5) + room + end(0, RELEASE, 65536) + room + packet(RW, 1, 5, 4096) * 20 + room
+    put("virtio_vsock", "stalled", out + ROUND + packet(RW, 1, 5, 1) + room + begin(3) + DAMAGE + submit(EVENTS, request(room=2), request(room=4)) + RESET + room + begin(3))
+    many = b"".join(packet(REQUEST, n, 5) + push(n, 12) for n in range(8))
+    put("virtio_vsock", "many", ALL + listen(5) + many + begin(1) + begin(2) + room * 4 + deed(5, 0, 3, 0) + packet(RW, 3, 5, 496, room=0) + push(3, 496) + room * 2 + submit(RECEIVE, request(room=20), request(room=0)) + room)
+
 def sparse(data):
     """The form of Input::sparse: pieces of a file that is mostly zeroes."""
     out, at = b"", 0
@@ -151,5 +255,5 @@ def kernels():
             put("linux_kernel", "packed-64", bytes([2, 4]) + sparse(bytes(image)))
             put("linux_kernel", "packed-32", bytes([3, 4]) + sparse(bytes(image)))
 
-for make in [blk, net, console, rng, balloon, qcow2, kernels]:
+for make in [blk, net, console, rng, balloon, fs, vsock, qcow2, kernels]:
     make()

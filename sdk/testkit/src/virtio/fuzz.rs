@@ -1,6 +1,10 @@
 //! Any bytes as the deeds of a driver, an administrator and the outside, against any virtio device.
 
 use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 
 use tenon_sdk::store::StoreError;
 use tenon_sdk::virtio::{VirtioDescription, VirtioDevice};
@@ -14,6 +18,10 @@ const LENGTHS: [usize; 16] = [0, 1, 2, 4, 12, 13, 20, 21, 496, 512, 513, 1526, 4
 /// The most frames, and bytes of a channel, that wait for the device: the outside is held off as well.
 const MOST_FRAMES: usize = 64;
 const MOST_BYTES: usize = 64 << 10;
+/// The most streams of a socket that the device has not closed.
+const MOST_STREAMS: usize = 64;
+/// The names that are made in a folder from outside. None leads anywhere, since the guest may put a link in the place of each.
+const NAMES: [&str; 8] = ["a", "b", "c", "d", "e", "f", "g", "h"];
 
 /// A request that was answered.
 #[derive(Clone, Debug)]
@@ -31,7 +39,8 @@ pub struct Exchange {
 }
 
 /// Gives a device any bytes as deeds: a driver negotiates, makes requests of any form available in any queue, reads and writes the configuration space, resets; stores hold
-/// operations back, fail and change; frames and input come; time passes; the administrator changes `adjustable` settings; the device is saved and restored, also from
+/// operations back, fail and change; frames and input come; programs begin streams, send, stall and go; others work in the folders; time passes; the administrator changes
+/// `adjustable` settings; the device is saved and restored, also from
 /// states that were damaged. `check` looks at each answer, with the bench.
 ///
 /// Returns what happened: a line for each kind of answer, among others.
@@ -85,6 +94,14 @@ impl<D: VirtioDevice, C: FnMut(&mut VirtioBench<D>, &Exchange)> Run<D, C> {
         let name = |names: &[String]| (!names.is_empty()).then(|| names[which % names.len()].clone());
         let (store, port, channel) =
             (name(&self.about.stores), name(&self.about.ports), name(&self.about.channels));
+        if let Some(socket) = name(&self.about.sockets).filter(|_| matches!(op % 16, 10..=12)) {
+            return self.program(&socket, op % 16, which, input);
+        }
+        if let Some(folder) = name(&self.about.folders).filter(|_| matches!(op % 16, 10..=12)) {
+            // What cannot be done is not done.
+            let _ = neighbour(&self.bench.folder(&folder), op % 16, which, input);
+            return;
+        }
         match (op % 16, store, port, channel) {
             (0..=4, ..) => self.submit(which, input),
             (5, ..) => self.config(input),
@@ -133,6 +150,31 @@ impl<D: VirtioDevice, C: FnMut(&mut VirtioBench<D>, &Exchange)> Run<D, C> {
             (11, .., Some(channel)) => drop(self.bench.channel(&channel).take_output()),
             (12, .., Some(channel)) => self.bench.channel(&channel).set_capacity(input.u8().into()),
             _ => self.submit(which, input),
+        }
+    }
+
+    /// A program outside listens, begins a stream, or does something with one that the device holds.
+    fn program(&mut self, socket: &str, op: u8, which: usize, input: &mut Input<'_>) {
+        let mut socket = self.bench.socket(socket);
+        let (form, streams) = (input.u8(), socket.streams());
+        let (port, length) = (u32::try_from(which).unwrap_or(0), LENGTHS[usize::from(form >> 4)]);
+        let stream = (!streams.is_empty()).then(|| streams[which % streams.len()]);
+        match (op, form % 4, stream) {
+            (10, 0 | 1, _) => socket.listen(port),
+            (10, ..) if streams.len() < MOST_STREAMS => drop(socket.begin(port)),
+            (11, _, Some(stream)) if socket.pending(stream) < MOST_BYTES => {
+                let mut bytes = input.take(usize::from(form % 16)).to_vec();
+                bytes.resize(bytes.len() + length, 0x5a);
+                socket.push(stream, &bytes);
+            }
+            (12, 0, Some(stream)) => socket.finish(stream),
+            (12, 1, Some(stream)) => socket.hang_up(stream),
+            (12, 2, Some(stream)) => socket.hold(stream),
+            (12, _, Some(stream)) => {
+                socket.release(stream, length);
+                drop(socket.take(stream));
+            }
+            _ => {}
         }
     }
 
@@ -256,5 +298,29 @@ impl<D: VirtioDevice, C: FnMut(&mut VirtioBench<D>, &Exchange)> Run<D, C> {
             "after a reset the state is {now:?}, not {fresh:?}"
         );
         self.seen
+    }
+}
+
+/// Somebody on the host works in a folder as well: makes a file of 0x5a (some of them run as their owner), a folder, a link or a FIFO; removes something; renames something.
+fn neighbour(folder: &Path, op: u8, which: usize, input: &mut Input<'_>) -> std::io::Result<()> {
+    let path = |which: usize| folder.join(NAMES[which % NAMES.len()]);
+    let (place, form) = (path(which), input.u8());
+    match (op, form % 8) {
+        (10, 0..=3) => {
+            let mode = if form % 4 == 3 { 0o4755 } else { 0o644 };
+            let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(place)?;
+            file.write_all(&vec![0x5a; LENGTHS[usize::from(form >> 4)]])
+        }
+        (10, 4 | 5) => std::fs::create_dir(place),
+        (10, 6) => {
+            let target = if form < 0x80 { "..".into() } else { path(form.into()) };
+            std::os::unix::fs::symlink(target, place)
+        }
+        (10, _) => {
+            use rustix::fs::{CWD, FileType, Mode};
+            Ok(rustix::fs::mknodat(CWD, place, FileType::Fifo, Mode::from_raw_mode(0o644), 0)?)
+        }
+        (11, _) => std::fs::remove_file(&place).or_else(|_| std::fs::remove_dir(&place)),
+        _ => std::fs::rename(place, path(form.into())),
     }
 }
