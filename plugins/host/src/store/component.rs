@@ -8,8 +8,6 @@
 //! More than [`FAILURES`] falls within a minute and the store is given up: every operation fails.
 //!
 //! Long, for half of it is the boundary: each import, and the types of both sides.
-//!
-//! Long for its one story: an instance on its thread, its batches, its fall and the one that takes its place.
 
 use std::collections::VecDeque;
 use std::sync::Arc;

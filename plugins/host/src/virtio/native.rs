@@ -1,8 +1,6 @@
 //! A virtio device that is native code, behind the tables of `tenon-abi`.
 //!
 //! Long, for it is one boundary: each function of the table, with what makes the call sound.
-//!
-//! Long for the table: every function of the contract once in each direction.
 #![allow(unsafe_code, reason = "calls through the tables of a native library")]
 
 use std::ffi::c_void;

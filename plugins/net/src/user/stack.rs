@@ -1,8 +1,6 @@
 //! The user network's thread: takes the guest's frames apart, watches the host's sockets, and keeps time.
 //!
 //! It is longer than most files here because what it holds is one thing: the tables of connections and datagram pairs, which every frame, event and timer changes.
-//!
-//! Long for the ways that one frame can go: each protocol is short.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io;

@@ -1,8 +1,6 @@
 //! What every user of a store relies on, checked for any store: on the bench, or as it was loaded.
 //!
 //! Longer than most files: the checks follow one another on one store, each on what the one before has left.
-//!
-//! Long for the list of checks, each of which is short.
 
 use tenon_sdk::store::{MOST, Operation, SavedState, Store, StoreError, StoreInfo};
 

@@ -1,8 +1,6 @@
 //! The bench of a virtio device: the test in the place of its host, its driver and the outside.
 //!
 //! Longer than most files, since it is one type whose methods are what a test can do.
-//!
-//! Long for what a driver can do: each way is short.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -1,8 +1,6 @@
 //! What is around a virtio device on the bench: requests in ordinary memory, stores, ports, and what every device has.
 //!
 //! A misdeed that would end the instance in a host panics here, with what the device did. Longer than most files, since it answers every call that a virtio device can make.
-//!
-//! Long for the imports of the contract, each played once.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
