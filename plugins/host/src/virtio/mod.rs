@@ -60,9 +60,6 @@ use crate::supervise::Status;
 pub use keeper::VirtioUse;
 pub(crate) use wasm::VirtioState;
 
-/// The most queues, timers, channels, stores, ports, sockets and folders that a device may ask for.
-const MOST: [usize; 6] = [256, 64, 64, 16, 16, 16];
-
 /// The parts of a machine that a virtio device is attached to, and what it may be given by name.
 #[derive(Clone)]
 pub struct VirtioParts {
@@ -370,20 +367,17 @@ fn check(device: &str, description: &VirtioDescription) -> Result<(), AttachErro
         ..
     } = description;
     let timers = usize::try_from(*timers).unwrap_or(usize::MAX);
-    let counts =
-        [queues.len(), timers, channels.len(), stores.len(), ports.len(), sockets.len(), folders.len()];
-    for ((count, most), what) in counts.into_iter().zip(MOST).zip([
-        "queues",
-        "timers",
-        "channels",
-        "stores",
-        "network ports",
-        "sockets",
-        "folders",
-    ]) {
-        if count > most {
-            return wrong(format!("it asks for {count} {what}; a device gets at most {most}"));
-        }
+    let counts = [
+        (queues.len(), 256, "queues"),
+        (timers, 64, "timers"),
+        (channels.len(), 64, "channels"),
+        (stores.len(), 16, "stores"),
+        (ports.len(), 16, "network ports"),
+        (sockets.len(), 16, "sockets"),
+        (folders.len(), 16, "folders"),
+    ];
+    if let Some((count, most, what)) = counts.into_iter().find(|(count, most, _)| count > most) {
+        return wrong(format!("it asks for {count} {what}; a device gets at most {most}"));
     }
     if queues.is_empty() {
         return wrong("it has no queue".into());

@@ -606,3 +606,30 @@ fn a_store_that_changes_is_told_and_one_that_is_missing_is_named() {
         .unwrap();
     assert_eq!(error.to_string(), "device `disk1` needs a store named `disk`; it was given `tape`");
 }
+
+#[test]
+fn a_description_has_no_more_of_anything_than_a_device_gets() {
+    type More = fn(VirtioDescription, &str) -> VirtioDescription;
+    let cases: [(&str, usize, More); 7] = [
+        ("queues", 256, |description, name| description.queue(name, 16, 0)),
+        ("timers", 64, |description, _| description.timer()),
+        ("channels", 64, |description, name| description.channel(name)),
+        ("stores", 16, |description, name| description.store(name)),
+        ("network ports", 16, |description, name| description.port(name)),
+        ("sockets", 16, |description, name| description.socket(name)),
+        ("folders", 16, |description, name| description.folder(name)),
+    ];
+    for (what, most, more) in cases {
+        let mut description = VirtioDescription::new(26);
+        if what != "queues" {
+            description = description.queue("requests", 16, 0);
+        }
+        for n in 0..most {
+            description = more(description, &format!("thing{n}"));
+        }
+        assert!(check("greedy0", &description).is_ok(), "{most} {what}");
+        let error = check("greedy0", &more(description, "more")).unwrap_err().to_string();
+        let wanted = format!("it asks for {} {what}; a device gets at most {most}", most + 1);
+        assert!(error.contains(&wanted), "{error}");
+    }
+}
