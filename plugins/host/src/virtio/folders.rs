@@ -5,6 +5,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
 
 use tenon_abi::{
     Access, AllocateHow, Attributes, Changes, Errno, FileRange, FileTime, FolderAction, FolderEntry,
@@ -13,12 +14,14 @@ use tenon_abi::{
 use tenon_core::Buffers;
 
 use super::services::VirtioServices;
-use super::table::Acted;
+use super::table::{Acted, Acts};
 use crate::bindings::virtio::tenon::device::folders as wit;
 use crate::fault::Misuse;
 
 /// The most ranges of memory that one system call takes (`IOV_MAX`).
 const MOST_RANGES: usize = 1024;
+/// The most bytes of an action's list or names, all of which are kept until the request is answered.
+const MOST_GIVEN: usize = 64 << 10;
 
 impl VirtioServices {
     /// Does something in a folder on behalf of a request. What was done before is not done again.
@@ -27,10 +30,17 @@ impl VirtioServices {
         folder: u32,
         handle: u32,
         action: FolderAction,
-    ) -> Result<Result<FolderOutcome, Errno>, Misuse> {
+    ) -> Result<Acts, Misuse> {
         if self.base.preparing() {
             return Err(Misuse("it worked in a folder before it was given requests".into()));
         }
+        let given = given(&action);
+        if given > MOST_GIVEN {
+            return Err(Misuse(format!(
+                "it asked a folder for something with {given} bytes of names or nodes, which may be {MOST_GIVEN}"
+            )));
+        }
+        let total = self.table.total();
         let held = self.table.get(handle)?;
         let Some(within) = self.folders.get_mut(usize::try_from(folder).unwrap_or(usize::MAX)) else {
             return Err(Misuse(format!("it named folder {folder}, which it was not given")));
@@ -38,7 +48,8 @@ impl VirtioServices {
         if let Some(outcome) = held.acted_before(folder, &action, &mut self.divergences)? {
             return Ok(outcome);
         }
-        let outcome = match &action {
+        total.check(given)?;
+        let outcome = Arc::new(match &action {
             FolderAction::Read(range) => {
                 within.file(range.file, None).and_then(|fd| transfer(fd, range, &held.writable, false))
             }
@@ -46,9 +57,49 @@ impl VirtioServices {
                 .file(range.file, Some((range.position, range.length.into())))
                 .and_then(|fd| transfer(fd, range, &held.readable, true)),
             other => within.act(other),
-        };
-        held.acted(Acted { folder, action, outcome: outcome.clone() });
+        });
+        let share = total.add(given + outcome.as_ref().as_ref().map_or(0, taken));
+        held.acted(Acted { folder, action, outcome: outcome.clone(), _share: share });
         Ok(outcome)
+    }
+}
+
+/// How many bytes an action has besides its own size.
+fn given(action: &FolderAction) -> usize {
+    use FolderAction as A;
+    match action {
+        A::Forget(nodes) => size_of_val(nodes.as_slice()),
+        A::LookUp(place) | A::Link { place, .. } | A::Remove(place) | A::RemoveFolder(place) => {
+            place.name.len()
+        }
+        A::MakeFile(new) | A::MakeFolder(new) | A::Create { new, .. } => new.place.name.len(),
+        A::MakeLink { new, target } => new.place.name.len() + target.len(),
+        A::Rename { from, to, .. } => from.name.len() + to.name.len(),
+        A::Clear
+        | A::Attributes { .. }
+        | A::Change { .. }
+        | A::ReadLink(_)
+        | A::Open { .. }
+        | A::OpenFolder(_)
+        | A::Names { .. }
+        | A::Read(_)
+        | A::Write(_)
+        | A::Sync { .. }
+        | A::Allocate { .. }
+        | A::Seek { .. }
+        | A::Statistics(_)
+        | A::Close(_) => 0,
+    }
+}
+
+/// How many bytes an outcome has besides its own size.
+fn taken(outcome: &FolderOutcome) -> usize {
+    match outcome {
+        FolderOutcome::Target(target) => target.len(),
+        FolderOutcome::Items(items) => {
+            size_of_val(items.as_slice()) + items.iter().map(|item| item.name.len()).sum::<usize>()
+        }
+        _ => 0,
     }
 }
 
@@ -207,26 +258,26 @@ fn access(flags: wit::Access) -> Access {
 }
 
 /// What an action came to, in the contract's words.
-pub(super) fn to_outcome(outcome: FolderOutcome) -> wit::Outcome {
+pub(super) fn to_outcome(outcome: &FolderOutcome) -> wit::Outcome {
     match outcome {
         FolderOutcome::Done => wit::Outcome::Done,
         FolderOutcome::Entry(known) => wit::Outcome::Entry(entry(known)),
         FolderOutcome::Attributes(about) => wit::Outcome::Attributes(attributes(about)),
-        FolderOutcome::Target(target) => wit::Outcome::Target(target),
+        FolderOutcome::Target(target) => wit::Outcome::Target(target.clone()),
         FolderOutcome::Opened(file) => wit::Outcome::Opened(file.0),
         FolderOutcome::Created(known, file) => wit::Outcome::Created((entry(known), file.0)),
         FolderOutcome::Items(items) => {
-            let item = |FolderItem { next, inode, kind, name, entry: known }| wit::Item {
-                next,
-                inode,
-                kind,
-                name,
-                entry: known.map(entry),
+            let item = |FolderItem { next, inode, kind, name, entry: known }: &FolderItem| wit::Item {
+                next: *next,
+                inode: *inode,
+                kind: *kind,
+                name: name.clone(),
+                entry: known.as_ref().map(entry),
             };
-            wit::Outcome::Items(items.into_iter().map(item).collect())
+            wit::Outcome::Items(items.iter().map(item).collect())
         }
-        FolderOutcome::Moved(count) => wit::Outcome::Moved(count),
-        FolderOutcome::Position(position) => wit::Outcome::Position(position),
+        FolderOutcome::Moved(count) => wit::Outcome::Moved(*count),
+        FolderOutcome::Position(position) => wit::Outcome::Position(*position),
         FolderOutcome::Statistics(about) => wit::Outcome::Statistics(wit::Statistics {
             block_size: about.block_size,
             name_length: about.name_length,
@@ -239,11 +290,11 @@ pub(super) fn to_outcome(outcome: FolderOutcome) -> wit::Outcome {
     }
 }
 
-fn entry(FolderEntry { node, attributes: about }: FolderEntry) -> wit::Entry {
+fn entry(FolderEntry { node, attributes: about }: &FolderEntry) -> wit::Entry {
     wit::Entry { node: node.0, attributes: attributes(about) }
 }
 
-fn attributes(about: Attributes) -> wit::Attributes {
+fn attributes(about: &Attributes) -> wit::Attributes {
     let time = |FileTime { seconds, nanoseconds }| wit::FileTime { seconds, nanoseconds };
     wit::Attributes {
         inode: about.inode,
@@ -260,3 +311,6 @@ fn attributes(about: Attributes) -> wit::Attributes {
         changed: time(about.changed),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -648,9 +648,9 @@ static VIRTIO_HOST: VirtioHost = VirtioHost {
                 with(context, |services| {
                     let action = wire::decode_folder_action(action.as_slice())
                         .map_err(|error| Misuse(error.to_string()))?;
-                    Ok(match services.folder_act(folder, request.0, action)? {
+                    Ok(match services.folder_act(folder, request.0, action)?.as_ref() {
                         Ok(outcome) => {
-                            output.put(&wire::encode_folder_outcome(&outcome));
+                            output.put(&wire::encode_folder_outcome(outcome));
                             0
                         }
                         Err(error) => error.0,

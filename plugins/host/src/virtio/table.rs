@@ -6,6 +6,12 @@
 //! operations on stores, bytes moved to and from channels, actions in folders. An effect that is had again is answered with what the first one came to, and is not had twice; an
 //! operation that is still under way becomes the new instance's. An instance that does something else than the old one drops what is left of the effects; an operation that is then
 //! still under way must end before the next one begins, or before the request is answered, since it touches the same memory.
+//!
+//! Actions in folders are kept apart, all of them: a write or a new file must not be had twice, also where operations and transfers were too many to be kept, or are others. They are dropped
+//! when another action is asked for than the old instance did.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use smallvec::SmallVec;
 use tenon_abi::{Errno, FolderAction, FolderOutcome, StoreError};
@@ -14,10 +20,12 @@ use tenon_core::{Buffers, GuestRequest};
 use crate::fault::Misuse;
 use crate::store::OperationKind;
 
-/// The most effects that are kept for one request.
+/// The most operations and transfers that are kept for one request.
 const EFFECTS: usize = 256;
 /// The most actions in folders for one request: all of them are kept.
 const ACTIONS: usize = 16;
+/// How many bytes are kept at most of the actions of all requests, and of what they came to, before another one is done.
+const KEPT: usize = 16 << 20;
 
 /// An operation on a store, for a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,14 +58,54 @@ pub(crate) struct Transfer {
 enum Effect {
     Store { operation: StoreOperation, success: SmallVec<[u8; 8]>, progress: Progress },
     Moved { transfer: Transfer, count: u32 },
-    Acted(Box<Acted>),
 }
+
+/// What an action in a folder came to.
+pub(crate) type Acts = Arc<Result<FolderOutcome, Errno>>;
 
 /// What was done in a folder, and what it came to.
 pub(crate) struct Acted {
     pub(crate) folder: u32,
     pub(crate) action: FolderAction,
-    pub(crate) outcome: Result<FolderOutcome, Errno>,
+    pub(crate) outcome: Acts,
+    /// Held until the action is forgotten.
+    pub(crate) _share: Share,
+}
+
+/// How many bytes are kept of the actions of all requests.
+#[derive(Clone, Default)]
+pub(crate) struct Total(Arc<AtomicUsize>);
+
+impl Total {
+    /// Whether there is room for an action with `bytes` of its own.
+    pub(crate) fn check(&self, bytes: usize) -> Result<(), Misuse> {
+        let kept = self.0.load(Ordering::Relaxed);
+        if kept + bytes > KEPT {
+            return Err(Misuse(format!(
+                "what it did in folders for requests that it has not answered takes {kept} bytes, which may be {KEPT}"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Adds what is kept of one action, until the share is dropped.
+    pub(crate) fn add(self, bytes: usize) -> Share {
+        let bytes = bytes + size_of::<Acted>();
+        self.0.fetch_add(bytes, Ordering::Relaxed);
+        Share { total: self, bytes }
+    }
+}
+
+/// The part of a [`Total`] that one action takes.
+pub(crate) struct Share {
+    total: Total,
+    bytes: usize,
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.total.0.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
 }
 
 /// What is to be done about an operation.
@@ -85,6 +133,9 @@ pub(crate) struct Held {
     effects: SmallVec<[Effect; 1]>,
     /// The next effect that the instance may repeat.
     cursor: usize,
+    actions: Vec<Acted>,
+    /// The next action that the instance may repeat.
+    next_action: usize,
     /// The instance has begun an operation and was not told of its end.
     begun: bool,
     /// An operation that no effect stands for is under way.
@@ -157,17 +208,20 @@ impl Held {
         folder: u32,
         action: &FolderAction,
         divergences: &mut u64,
-    ) -> Result<Option<Result<FolderOutcome, Errno>>, Misuse> {
-        if let Some(Effect::Acted(old)) = self.effects.get(self.cursor)
-            && old.folder == folder
-            && old.action == *action
-        {
-            self.cursor += 1;
-            return Ok(Some(old.outcome.clone()));
+    ) -> Result<Option<Acts>, Misuse> {
+        match self.actions.get(self.next_action) {
+            Some(old) if old.folder == folder && old.action == *action => {
+                self.next_action += 1;
+                return Ok(Some(old.outcome.clone()));
+            }
+            Some(_) => {
+                *divergences += 1;
+                self.actions.truncate(self.next_action);
+                self.drop_rest();
+            }
+            None => self.diverge(divergences),
         }
-        self.diverge(divergences);
-        let actions = self.effects.iter().filter(|effect| matches!(effect, Effect::Acted(_))).count();
-        if actions >= ACTIONS {
+        if self.actions.len() >= ACTIONS {
             return Err(Misuse(format!(
                 "it did more than {ACTIONS} things in folders for request {}",
                 self.handle
@@ -178,19 +232,23 @@ impl Held {
 
     /// Keeps what an action came to.
     pub(crate) fn acted(&mut self, acted: Acted) {
-        self.effects.push(Effect::Acted(Box::new(acted)));
-        self.cursor = self.effects.len();
+        self.actions.push(acted);
+        self.next_action = self.actions.len();
     }
 
     /// The instance does something new: what is left of the old effects is dropped.
     fn diverge(&mut self, divergences: &mut u64) {
         if self.cursor < self.effects.len() {
             *divergences += 1;
-            let under_way =
-                |effect: &Effect| matches!(effect, Effect::Store { progress: Progress::UnderWay, .. });
-            self.dropped |= self.effects[self.cursor..].iter().any(under_way);
-            self.effects.truncate(self.cursor);
+            self.drop_rest();
         }
+    }
+
+    fn drop_rest(&mut self) {
+        let under_way =
+            |effect: &Effect| matches!(effect, Effect::Store { progress: Progress::UnderWay, .. });
+        self.dropped |= self.effects[self.cursor..].iter().any(under_way);
+        self.effects.truncate(self.cursor);
     }
 
     /// The operation that is under way has ended.
@@ -200,7 +258,8 @@ impl Held {
             if let Some(written) = self.answered {
                 return Next::Answer(written);
             }
-            return match self.effects.last_mut() {
+            let last = self.last_operation();
+            return match last.map(|last| &mut self.effects[last]) {
                 Some(Effect::Store { operation, progress: progress @ Progress::Waiting, .. }) => {
                     *progress = Progress::UnderWay;
                     Next::Submit(*operation)
@@ -208,8 +267,10 @@ impl Held {
                 _ => Next::Wait,
             };
         }
-        let claimed = self.begun && self.cursor == self.effects.len();
-        if let Some(Effect::Store { progress: progress @ Progress::UnderWay, .. }) = self.effects.last_mut() {
+        // The device may have moved bytes after it began the operation.
+        let Some(last) = self.last_operation() else { return Next::Wait };
+        let claimed = self.begun && last < self.cursor;
+        if let Effect::Store { progress: progress @ Progress::UnderWay, .. } = &mut self.effects[last] {
             *progress = Progress::Ended(result);
             if let Some(written) = self.answered {
                 return Next::Answer(written);
@@ -223,10 +284,14 @@ impl Held {
 
     /// The operation that the instance began last, and what is written when it succeeds.
     pub(crate) fn began(&self) -> Option<(StoreOperation, &[u8])> {
-        match self.effects.get(self.cursor.checked_sub(1)?)? {
-            Effect::Store { operation, success, .. } if self.begun => Some((*operation, success)),
-            _ => None,
-        }
+        self.effects[..self.cursor].iter().rev().filter(|_| self.begun).find_map(|effect| match effect {
+            Effect::Store { operation, success, .. } => Some((*operation, success.as_slice())),
+            Effect::Moved { .. } => None,
+        })
+    }
+
+    fn last_operation(&self) -> Option<usize> {
+        self.effects.iter().rposition(|effect| matches!(effect, Effect::Store { .. }))
     }
 
     /// The instance is told of the end of its operation.
@@ -243,8 +308,8 @@ impl Held {
             )));
         }
         let under_way =
-            |effect: &Effect| matches!(effect, Effect::Store { progress: Progress::UnderWay, .. });
-        if self.dropped || self.effects.last().is_some_and(under_way) {
+            |last: usize| matches!(self.effects[last], Effect::Store { progress: Progress::UnderWay, .. });
+        if self.dropped || self.last_operation().is_some_and(under_way) {
             self.answered = Some(written);
             return Ok(false);
         }
@@ -252,7 +317,7 @@ impl Held {
     }
 
     fn again(&mut self) {
-        self.cursor = 0;
+        (self.cursor, self.next_action) = (0, 0);
         self.begun = false;
     }
 }
@@ -266,11 +331,19 @@ pub(crate) struct Table {
     held: usize,
     next_handle: u32,
     next_sequence: u64,
+    /// What is kept of actions in folders.
+    total: Total,
 }
 
 impl Table {
     pub(crate) fn new() -> Self {
-        Self { places: (0..64).map(|_| None).collect(), held: 0, next_handle: 1, next_sequence: 0 }
+        let places = (0..64).map(|_| None).collect();
+        Self { places, held: 0, next_handle: 1, next_sequence: 0, total: Total::default() }
+    }
+
+    /// What is kept of actions in folders.
+    pub(crate) fn total(&self) -> Total {
+        self.total.clone()
     }
 
     fn place(&self, handle: u32) -> usize {
@@ -308,6 +381,8 @@ impl Table {
             writable: request.writable,
             effects: SmallVec::new(),
             cursor: 0,
+            actions: Vec::new(),
+            next_action: 0,
             begun: false,
             dropped: false,
             answered: None,
@@ -375,6 +450,7 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tenon_abi::Node;
     use tenon_core::{MIN_MEMORY, Ram};
 
     fn table() -> (Table, u32) {
@@ -439,6 +515,103 @@ mod tests {
         assert!(table.get(handle).is_err(), "it was answered");
         assert!(table.again().is_empty());
         assert_eq!(table.any(handle).unwrap().end(Ok(())), Next::Answer(3));
+    }
+
+    /// Asks for a folder's attributes; whether it was done before.
+    fn act(table: &mut Table, handle: u32, node: u64, diverged: &mut u64) -> Result<bool, Misuse> {
+        let action = FolderAction::Attributes { node: Node(node), file: None };
+        let share = table.total().add(0);
+        let held = table.get(handle)?;
+        let before = held.acted_before(0, &action, diverged)?.is_some();
+        if !before {
+            held.acted(Acted {
+                folder: 0,
+                action,
+                outcome: Arc::new(Ok(FolderOutcome::Done)),
+                _share: share,
+            });
+        }
+        Ok(before)
+    }
+
+    #[test]
+    fn actions_are_not_done_twice_however_many_operations_lie_between() {
+        let (mut table, handle) = table();
+        let mut diverged = 0;
+        let mut do_all = |table: &mut Table| -> Vec<bool> {
+            (0..4)
+                .map(|n| {
+                    let before = act(table, handle, n, &mut diverged).unwrap();
+                    for position in 0..100 {
+                        let held = table.get(handle).unwrap();
+                        if let Next::Submit(_) = held.begin(operation(position), b"", &mut 0).unwrap() {
+                            assert_eq!(held.end(Ok(())), Next::Ended(Ok(())));
+                        }
+                        held.told();
+                    }
+                    before
+                })
+                .collect()
+        };
+        assert_eq!(do_all(&mut table), [false; 4]);
+        table.again();
+        assert_eq!(do_all(&mut table), [true; 4], "400 operations, of which not all are kept");
+        assert_eq!(diverged, 0);
+    }
+
+    #[test]
+    fn another_action_drops_what_the_old_instance_did_after_it() {
+        let (mut table, handle) = table();
+        let mut diverged = 0;
+        for node in [1, 2, 3] {
+            assert!(!act(&mut table, handle, node, &mut diverged).unwrap());
+        }
+        table.get(handle).unwrap().begin(operation(0), b"", &mut diverged).unwrap();
+        table.again();
+        let did = [1, 7, 3].map(|node| act(&mut table, handle, node, &mut diverged).unwrap());
+        assert_eq!((did, diverged), ([true, false, false], 1));
+        let held = table.get(handle).unwrap();
+        assert_eq!(
+            held.begin(operation(0), b"", &mut diverged).unwrap(),
+            Next::Wait,
+            "the old one ends first"
+        );
+        assert_eq!(held.end(Ok(())), Next::Submit(operation(0)));
+    }
+
+    #[test]
+    fn the_end_of_an_operation_is_told_also_when_the_device_did_more_meanwhile() {
+        let transfer = Transfer { out: true, channel: 0, offset: 0, length: 1 };
+        let (mut table, handle) = table();
+        let mut diverged = 0;
+        for again in [false, true] {
+            let held = table.get(handle).unwrap();
+            let begun = held.begin(operation(0), b"", &mut diverged).unwrap();
+            assert_eq!(begun, if again { Next::Wait } else { Next::Submit(operation(0)) });
+            if held.moved_before(transfer, &mut diverged).is_none() {
+                held.moved(transfer, 1);
+            }
+            assert_eq!(held.began().map(|(operation, _)| operation), Some(operation(0)));
+            assert_eq!(act(&mut table, handle, 1, &mut diverged).unwrap(), again);
+            if !again {
+                table.again();
+            }
+        }
+        let held = table.get(handle).unwrap();
+        assert_eq!(held.end(Ok(())), Next::Ended(Ok(())));
+        held.told();
+        assert!(held.answer(0).unwrap());
+        assert_eq!(diverged, 0);
+    }
+
+    #[test]
+    fn what_is_kept_of_actions_goes_with_the_request() {
+        let (mut table, handle) = table();
+        assert!(!act(&mut table, handle, 1, &mut 0).unwrap());
+        table.total().check(KEPT - size_of::<Acted>()).unwrap();
+        assert!(table.total().check(KEPT - size_of::<Acted>() + 1).is_err());
+        table.remove(handle);
+        table.total().check(KEPT).unwrap();
     }
 
     #[test]

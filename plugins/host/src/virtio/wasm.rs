@@ -573,7 +573,7 @@ impl import::folders::HostFolder for VirtioState {
     ) -> wasmtime::Result<Result<import::folders::Outcome, u32>> {
         let action = from_action(action);
         let outcome = self.outside(|services| services.folder_act(folder.rep(), request, action))??;
-        Ok(outcome.map(to_outcome).map_err(|error| error.0))
+        Ok(outcome.as_ref().as_ref().map(to_outcome).map_err(|error| error.0))
     }
 
     fn drop(&mut self, _: Folder) -> wasmtime::Result<()> {

@@ -2264,7 +2264,8 @@ pub mod tenon {
             }
             impl Folder {
                 #[allow(unused_unsafe, clippy::all)]
-                /// Does something in the folder on behalf of a request: at most 16 times for one, after which the instance is ended.
+                /// Does something in the folder on behalf of a request: at most 16 times for one, after which the instance is ended. So it is by an action whose list, names and target take more than
+                /// 64 KiB (16 bytes for each node to forget), and by one more when what was done for requests that are not answered takes 16 MiB.
                 #[allow(async_fn_in_trait)]
                 pub fn act(
                     &self,
