@@ -296,3 +296,65 @@ fn list(items: impl Iterator<Item = String>) -> String {
     let items: Vec<String> = items.collect();
     if items.is_empty() { "none".into() } else { format!("`{}`", items.join("`, `")) }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+    use std::path::Path;
+
+    use wit_parser::{Resolve, WorldItem, WorldKey};
+
+    use super::*;
+
+    type Functions = BTreeMap<String, BTreeSet<String>>;
+
+    /// What the world that exports the role's interface imports.
+    fn written(folder: &str, role: Role) -> Functions {
+        let mut resolve = Resolve::default();
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../wit").join(folder);
+        let (package, _) = resolve.push_path(folder).unwrap();
+        let name = |key: &WorldKey| match key {
+            WorldKey::Interface(id) => resolve.interfaces[*id].name.clone(),
+            WorldKey::Name(name) => Some(name.clone()),
+        };
+        let exports = |world: &&wit_parser::World| {
+            world.exports.keys().any(|key| name(key).as_deref() == Some(role.interface()))
+        };
+        let mut worlds =
+            resolve.packages[package].worlds.values().map(|id| &resolve.worlds[*id]).filter(exports);
+        let world = worlds.next().unwrap();
+        assert!(worlds.next().is_none(), "one world for each role");
+        world
+            .imports
+            .iter()
+            .map(|(key, item)| {
+                let WorldItem::Interface { id, .. } = item else { panic!("{key:?} is no interface") };
+                (name(key).unwrap(), resolve.interfaces[*id].functions.keys().cloned().collect())
+            })
+            .collect()
+    }
+
+    #[test]
+    fn what_is_offered_is_what_the_contract_says() {
+        for kind in [Kind::Device, Kind::Personality, Kind::Store] {
+            for role in kind.roles() {
+                let offered: Functions = role
+                    .offer()
+                    .iter()
+                    .map(|(interface, functions)| {
+                        let all: BTreeSet<String> = functions.iter().map(|name| (*name).to_owned()).collect();
+                        assert_eq!(
+                            all.len(),
+                            functions.len(),
+                            "{role:?} has a function of {interface} twice"
+                        );
+                        ((*interface).to_owned(), all)
+                    })
+                    .collect();
+                assert_eq!(offered.len(), role.offer().len(), "{role:?} has an interface twice");
+                let folder = kind.package().strip_prefix("tenon:").unwrap();
+                assert_eq!(offered, written(folder, *role), "{role:?}");
+            }
+        }
+    }
+}
