@@ -103,7 +103,7 @@ fn taken(outcome: &FolderOutcome) -> usize {
     }
 }
 
-/// Moves data until all is moved or there is no more; an error only where nothing was.
+/// Moves data until all is moved or there is no more; an error only where nothing was. A read that is given less than it asks for has met the end of the file.
 fn transfer(
     fd: BorrowedFd<'_>,
     range: &FileRange,
@@ -115,12 +115,15 @@ fn transfer(
     while done < length {
         let at = u64::from(range.offset) + done;
         match step(fd, row, (at, length - done), range.position.saturating_add(done), write) {
-            Ok(0) => break,
-            Ok(count) => {
+            Ok((0, _)) => break,
+            Ok((count, asked)) => {
+                done += count;
                 if !write {
                     row.written(at, count);
+                    if count < asked {
+                        break;
+                    }
                 }
-                done += count;
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) if done == 0 => {
@@ -133,18 +136,20 @@ fn transfer(
     Ok(FolderOutcome::Moved(u32::try_from(done).unwrap_or(u32::MAX)))
 }
 
-/// One system call, which moves `length` bytes or fewer.
+/// One system call, which moves `length` bytes or fewer: how many it did, and how many it was asked to.
 fn step(
     fd: BorrowedFd<'_>,
     row: &Buffers,
     (at, length): (u64, u64),
     position: u64,
     write: bool,
-) -> io::Result<u64> {
+) -> io::Result<(u64, u64)> {
     let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
     let vectors = row.iovecs(at, length).ok_or_else(invalid)?;
     let position = libc::off_t::try_from(position).map_err(|_| invalid())?;
-    let count = libc::c_int::try_from(vectors.len().min(MOST_RANGES)).map_err(|_| invalid())?;
+    let vectors = &vectors[..vectors.len().min(MOST_RANGES)];
+    let asked: usize = vectors.iter().map(|vector| vector.iov_len).sum();
+    let count = libc::c_int::try_from(vectors.len()).map_err(|_| invalid())?;
     // SAFETY: the ranges are guest memory, which lives as long as `row`, and which others than this process's code may change at any time.
     let moved = unsafe {
         if write {
@@ -153,7 +158,7 @@ fn step(
             libc::preadv(fd.as_raw_fd(), vectors.as_ptr(), count, position)
         }
     };
-    u64::try_from(moved).map_err(|_| io::Error::last_os_error())
+    u64::try_from(moved).map(|moved| (moved, asked as u64)).map_err(|_| io::Error::last_os_error())
 }
 
 /// What a component asks for, in this program's words.

@@ -1,6 +1,7 @@
 //! A folder of the host, with the test in the place of the device.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::fd::AsFd;
 
 use tempfile::TempDir;
 use tenon_core::{Clock, GuestRequest, MIN_MEMORY, Ram, Requests};
@@ -118,4 +119,49 @@ fn names_that_were_listed_count_as_kept() {
         assert!(done < 200, "{done} lists of more than 100 KiB");
     }
     assert!(done > 10, "{done}");
+}
+
+/// How many reads this thread has made (proc_pid_io(5)); none if the kernel does not count them.
+fn reads() -> Option<u64> {
+    let text = fs::read_to_string("/proc/thread-self/io").ok()?;
+    text.lines().find_map(|line| line.strip_prefix("syscr: "))?.parse().ok()
+}
+
+#[test]
+fn a_read_that_meets_the_end_of_the_file_is_one_system_call() {
+    let bench = Bench::new();
+    let path = bench.folder.path().join("file");
+    fs::write(&path, [7; 5000]).unwrap();
+    let file = File::open(path).unwrap();
+    let mut row = Buffers::new(&bench.ram);
+    row.push(0x1000, 3000).unwrap();
+    row.push(0x3000, 4000).unwrap();
+    let range = FileRange { file: OpenFile(0), offset: 0, length: 7000, position: 0 };
+    let (Some(before), Some(between)) = (reads(), reads()) else {
+        println!("not run: /proc/thread-self/io does not say how many reads there were");
+        return;
+    };
+    let outcome = transfer(file.as_fd(), &range, &row, false);
+    let after = reads().unwrap();
+    assert_eq!(outcome, Ok(FolderOutcome::Moved(5000)));
+    assert_eq!((after - between) - (between - before), 1);
+}
+
+#[test]
+fn a_row_of_more_ranges_than_a_system_call_takes_is_filled_whole() {
+    let bench = Bench::new();
+    let path = bench.folder.path().join("file");
+    let bytes: Vec<u8> = (0..5000_u32).map(|n| (n * 7).to_le_bytes()[0]).collect();
+    fs::write(&path, &bytes).unwrap();
+    let file = File::open(path).unwrap();
+    let mut row = Buffers::new(&bench.ram);
+    for n in 0..MOST_RANGES as u64 + 10 {
+        row.push(0x1000 + n * 8, 4).unwrap();
+    }
+    let range = FileRange { file: OpenFile(0), offset: 0, length: u32::MAX, position: 100 };
+    let moved = transfer(file.as_fd(), &range, &row, false);
+    assert_eq!(moved, Ok(FolderOutcome::Moved(4136)));
+    let mut got = [0; 4136];
+    row.read(0, &mut got);
+    assert!(got == bytes[100..4236]);
 }
