@@ -273,9 +273,11 @@ fn a_program_that_is_gone_keeps_nobody_busy() {
     let (number, program) = bench.connected();
     drop(program);
     bench.until(number, |state| state.deaf);
-    // Whoever polls it in a loop would be told again and again.
-    assert!(bench.told.recv_timeout(Duration::from_millis(200)).is_err());
-    assert!(bench.socket.news(64).is_empty());
+    // Were it still watched, it would be told of again before what happens now.
+    let _other = bench.program("CONNECT 5000\n");
+    let news = bench.news();
+    assert!(matches!(&news[..], [state] if state.wanted == Some(5000)), "{news:?}");
+    assert!(bench.told.try_recv().is_err() && bench.socket.news(64).is_empty());
 }
 
 #[test]
