@@ -54,10 +54,30 @@ struct Stream {
     changed: bool,
 }
 
+type All = BTreeMap<u32, Stream>;
+
+/// A stream that the device holds.
+fn held(all: &mut All, number: u32) -> Result<&mut Stream, Misuse> {
+    let held = |stream: &&mut Stream| matches!(stream.stage, Stage::Wanted(_) | Stage::Open);
+    let stream = all.get_mut(&number).filter(held);
+    stream.ok_or_else(|| Misuse(format!("it named stream {number}, which it does not hold")))
+}
+
+/// A stream over which bytes flow.
+fn flowing(all: &mut All, number: u32) -> Result<&mut Stream, Misuse> {
+    let stream = held(all, number)?;
+    match stream.stage {
+        Stage::Open => Ok(stream),
+        _ => Err(Misuse(format!("it used stream {number} before it had accepted it"))),
+    }
+}
+
 /// All streams of a socket.
 pub(super) struct Streams {
     epoll: Arc<OwnedFd>,
-    all: BTreeMap<u32, Stream>,
+    /// What crosses; as long as [`CHUNK`].
+    chunk: Box<[u8]>,
+    all: All,
     next: u32,
     /// Streams with news, each once.
     changed: VecDeque<u32>,
@@ -154,7 +174,15 @@ fn parse(line: &[u8]) -> Option<u32> {
 
 impl Streams {
     pub(super) fn new(epoll: Arc<OwnedFd>) -> Self {
-        Self { epoll, all: BTreeMap::new(), next: 1, changed: VecDeque::new(), told: false, tell: None }
+        Self {
+            epoll,
+            chunk: vec![0; CHUNK].into(),
+            all: BTreeMap::new(),
+            next: 1,
+            changed: VecDeque::new(),
+            told: false,
+            tell: None,
+        }
     }
 
     pub(super) fn watch(&mut self, tell: Box<dyn Fn() + Send>) {
@@ -257,22 +285,6 @@ impl Streams {
         self.settle(number, has_news);
     }
 
-    /// A stream that the device holds.
-    fn held(&mut self, number: u32) -> Result<&mut Stream, Misuse> {
-        let held = |stream: &&mut Stream| matches!(stream.stage, Stage::Wanted(_) | Stage::Open);
-        let stream = self.all.get_mut(&number).filter(held);
-        stream.ok_or_else(|| Misuse(format!("it named stream {number}, which it does not hold")))
-    }
-
-    /// A stream over which bytes flow.
-    fn flowing(&mut self, number: u32) -> Result<&mut Stream, Misuse> {
-        let stream = self.held(number)?;
-        match stream.stage {
-            Stage::Open => Ok(stream),
-            _ => Err(Misuse(format!("it used stream {number} before it had accepted it"))),
-        }
-    }
-
     pub(super) fn news(&mut self, max: u32) -> Vec<StreamState> {
         let max = usize::try_from(max).unwrap_or(usize::MAX);
         let mut states = Vec::with_capacity(max.min(self.changed.len()));
@@ -289,7 +301,7 @@ impl Streams {
     }
 
     pub(super) fn accept(&mut self, number: u32, port: u32) -> Result<(), Misuse> {
-        let stream = self.held(number)?;
+        let stream = held(&mut self.all, number)?;
         if !matches!(stream.stage, Stage::Wanted(_)) {
             return Err(Misuse(format!("it accepted stream {number} twice, or one that it has begun")));
         }
@@ -314,11 +326,11 @@ impl Streams {
         offset: u64,
         length: u64,
     ) -> Result<Sent, Misuse> {
-        let stream = self.flowing(number)?;
+        let stream = flowing(&mut self.all, number)?;
         if stream.done {
             return Err(Misuse(format!("it sent to stream {number} after it had said that it is done")));
         }
-        let mut chunk = [0; CHUNK];
+        let chunk = &mut self.chunk;
         let mut taken = 0;
         let mut deafened = false;
         while taken < length {
@@ -361,8 +373,8 @@ impl Streams {
         offset: u64,
         length: u64,
     ) -> Result<u32, Misuse> {
-        let stream = self.flowing(number)?;
-        let mut chunk = [0; CHUNK];
+        let stream = flowing(&mut self.all, number)?;
+        let chunk = &mut self.chunk;
         let mut count = 0;
         let mut has_news = false;
         while count < length && !stream.ended {
@@ -395,7 +407,7 @@ impl Streams {
     }
 
     pub(super) fn shut(&mut self, number: u32, receive: bool, send: bool) -> Result<(), Misuse> {
-        let stream = self.flowing(number)?;
+        let stream = flowing(&mut self.all, number)?;
         if receive {
             (stream.ended, stream.readable) = (true, false);
             let _ = rustix::net::shutdown(&stream.socket, Shutdown::Read);
@@ -409,7 +421,7 @@ impl Streams {
     }
 
     pub(super) fn close(&mut self, number: u32) -> Result<(), Misuse> {
-        let stream = self.held(number)?;
+        let stream = held(&mut self.all, number)?;
         if stream.kept.is_empty() {
             self.remove(number);
         } else {
