@@ -10,9 +10,7 @@
 mod streams;
 
 use std::io::{self, ErrorKind};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -178,11 +176,8 @@ impl UnixSocket {
     pub(crate) fn connect(&self, port: u32) -> Option<u32> {
         let mut name = self.shared.path.as_os_str().to_owned();
         name.push(format!("_{port}"));
-        let address = SocketAddrUnix::new(name.as_bytes()).ok()?;
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let stream = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).ok()?;
-        // It does not wait: who has more callers than it takes in is as good as away.
-        rustix::net::connect(&stream, &address).ok()?;
+        // Who has more callers than it takes in is as good as away.
+        let stream = connect(Path::new(&name)).ok()?;
         self.shared.lock().open(stream)
     }
 
@@ -242,11 +237,22 @@ impl Drop for UnixSocket {
     }
 }
 
+fn socket() -> rustix::io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+}
+
+/// Connects without waiting: `AGAIN` from a program that has more callers than it takes in.
+fn connect(path: &Path) -> rustix::io::Result<OwnedFd> {
+    let stream = socket()?;
+    rustix::net::connect(&stream, &SocketAddrUnix::new(path)?)?;
+    Ok(stream)
+}
+
 /// Listens at a path, where a socket that nobody listens at is replaced.
 fn listen(path: &Path) -> io::Result<OwnedFd> {
     let bind = || -> io::Result<OwnedFd> {
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        let socket = socket()?;
         // The file has the mode of the socket from the start.
         rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
         rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
@@ -258,8 +264,8 @@ fn listen(path: &Path) -> io::Result<OwnedFd> {
             if !std::fs::symlink_metadata(path)?.file_type().is_socket() {
                 return Err(io::Error::new(ErrorKind::AlreadyExists, "there is a file that is no socket"));
             }
-            match UnixStream::connect(path) {
-                Err(refused) if refused.kind() == ErrorKind::ConnectionRefused => {
+            match connect(path) {
+                Err(rustix::io::Errno::CONNREFUSED) => {
                     std::fs::remove_file(path)?;
                     bind()
                 }

@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::mpsc;
 
 use tempfile::TempDir;
@@ -330,6 +330,27 @@ fn the_file_is_its_owners_and_goes_with_the_socket() {
     let long = folder.path().join("x".repeat(100));
     assert!(matches!(UnixSocket::open(&long), Err(SocketError::TooLong(_))));
     assert!(matches!(UnixSocket::open(&folder.path().join("a/b")), Err(SocketError::Io { .. })));
+}
+
+#[test]
+fn a_program_that_takes_nobody_in_listens_nevertheless() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vm");
+    let busy = socket().unwrap();
+    rustix::net::bind(&busy, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+    rustix::net::listen(&busy, 0).unwrap();
+    let mut callers = Vec::new();
+    let full = loop {
+        match connect(&path) {
+            Ok(caller) => callers.push(caller),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(full, rustix::io::Errno::AGAIN);
+    let (sender, opened) = mpsc::channel();
+    std::thread::spawn(move || sender.send(UnixSocket::open(&path).err()));
+    let refused = opened.recv_timeout(PATIENCE).expect("it waits for that program");
+    assert!(matches!(refused, Some(SocketError::InUse(_))), "{refused:?}");
 }
 
 #[test]
