@@ -16,11 +16,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::epoll::{self, Event, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
 use rustix::fd::OwnedFd;
 use rustix::fs::Mode;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType};
 use tenon_abi::{Sent, StreamState};
 use tenon_core::Buffers;
 
@@ -38,6 +38,8 @@ const LISTENER: u64 = u64::MAX - 1;
 const BACKLOG: u16 = 128;
 /// How long nobody is let in after this process could not.
 const REST: Duration = Duration::from_secs(1);
+/// How long programs are waited for that have not taken what was sent, when the socket goes.
+const LINGER: Duration = Duration::from_secs(2);
 
 /// Why there is no such socket.
 #[derive(Debug, thiserror::Error)]
@@ -60,7 +62,8 @@ pub enum SocketError {
     },
 }
 
-/// Such a socket. Its file is made when it is opened, for its owner alone, and removed when it is dropped.
+/// Such a socket. Its file is made when it is opened, for its owner alone, and removed when it is dropped. That ends its streams, and waits up to two seconds for programs to take what
+/// was sent to them.
 pub struct UnixSocket {
     shared: Arc<Shared>,
     /// The file's device and number.
@@ -97,19 +100,24 @@ impl Shared {
         true
     }
 
+    /// Waits for events, for no longer than `most`. False if that cannot be done.
+    fn wait(&self, epoll: &OwnedFd, events: &mut Vec<Event>, most: Option<Duration>) -> bool {
+        events.clear();
+        let most = most.and_then(|most| Timespec::try_from(most).ok());
+        match epoll::wait(epoll, rustix::buffer::spare_capacity(events), most.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => true,
+            Err(error) => {
+                tracing::error!(path = %self.path.display(), %error, "the thread of the socket cannot wait, and stops");
+                false
+            }
+        }
+    }
+
+    /// Works until the bell.
     fn serve(&self, epoll: &OwnedFd) {
         let mut events = Vec::with_capacity(64);
         let mut resting: Option<Instant> = None;
-        loop {
-            events.clear();
-            let timeout = resting.map(|_| Timespec { tv_sec: 1, tv_nsec: 0 });
-            match epoll::wait(epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(error) => {
-                    tracing::error!(path = %self.path.display(), %error, "the thread of the socket cannot wait, and stops");
-                    return;
-                }
-            }
+        while self.wait(epoll, &mut events, resting.map(|_| REST)) {
             let mut may_let_in = resting.is_some_and(|since| since.elapsed() >= REST);
             for event in &events {
                 let (token, flags) = (event.data.u64(), event.flags);
@@ -126,6 +134,32 @@ impl Shared {
                     let _ = epoll::modify(epoll, &self.listener, EventData::new_u64(LISTENER), flags);
                 }
             }
+        }
+    }
+
+    /// Lets nobody in any more, and gives programs what was sent to them.
+    fn drain(&self, epoll: &OwnedFd) {
+        // Who connects now is refused, and does not wait.
+        let _ = rustix::net::shutdown(&self.listener, Shutdown::Both);
+        let _ = epoll::delete(epoll, &self.listener);
+        let _ = epoll::delete(epoll, &self.bell);
+        let mut events = Vec::with_capacity(64);
+        let until = Instant::now() + LINGER;
+        let mut waiting = self.lock().end();
+        while waiting > 0 {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                tracing::warn!(path = %self.path.display(), "{waiting} programs have not taken all that was sent to them, and will not get it");
+                return;
+            }
+            if !self.wait(epoll, &mut events, Some(left)) {
+                return;
+            }
+            let mut streams = self.lock();
+            for event in &events {
+                streams.happened(u32::try_from(event.data.u64()).unwrap_or(0), event.flags);
+            }
+            waiting = streams.count();
         }
     }
 }
@@ -154,8 +188,11 @@ impl UnixSocket {
             let streams = Mutex::new(Streams::new(epoll.clone()));
             let shared = Arc::new(Shared { path: path.to_owned(), listener, bell, streams });
             let served = shared.clone();
-            let thread =
-                std::thread::Builder::new().name("sockets".into()).spawn(move || served.serve(&epoll))?;
+            let work = move || {
+                served.serve(&epoll);
+                served.drain(&epoll);
+            };
+            let thread = std::thread::Builder::new().name("sockets".into()).spawn(work)?;
             Ok(Arc::new(Self { shared, identity: (about.dev(), about.ino()), thread: Some(thread) }))
         };
         start().map_err(failed)

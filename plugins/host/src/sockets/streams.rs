@@ -421,18 +421,34 @@ impl Streams {
     }
 
     pub(super) fn close(&mut self, number: u32) -> Result<(), Misuse> {
-        let stream = held(&mut self.all, number)?;
-        if stream.kept.is_empty() {
-            self.remove(number);
-        } else {
-            stream.stage = Stage::Closing;
-            if stream.changed {
-                stream.changed = false;
-                self.changed.retain(|other| *other != number);
-            }
-            self.settle(number, false);
-        }
+        held(&mut self.all, number)?;
+        self.part(number);
         Ok(())
+    }
+
+    /// The device has no more to do with a stream: it goes when what is kept has gone out.
+    fn part(&mut self, number: u32) {
+        let Some(stream) = self.all.get_mut(&number) else { return };
+        if stream.kept.is_empty() {
+            return self.remove(number);
+        }
+        stream.stage = Stage::Closing;
+        if stream.changed {
+            stream.changed = false;
+            self.changed.retain(|other| *other != number);
+        }
+        self.settle(number, false);
+    }
+
+    /// The device is gone. How many streams have bytes that go out still.
+    pub(super) fn end(&mut self) -> usize {
+        let all: Vec<u32> = self.all.keys().copied().collect();
+        all.into_iter().for_each(|number| self.part(number));
+        self.count()
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.all.len()
     }
 
     pub(super) fn clear(&mut self) -> bool {
@@ -442,7 +458,7 @@ impl Streams {
             .filter(|(_, stream)| matches!(stream.stage, Stage::Wanted(_) | Stage::Open))
             .map(|(number, _)| *number)
             .collect();
-        held.iter().for_each(|number| self.remove(*number));
+        held.iter().for_each(|number| self.part(*number));
         self.told = false;
         !held.is_empty()
     }

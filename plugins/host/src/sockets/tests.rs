@@ -230,6 +230,57 @@ fn a_program_that_does_not_read_is_given_everything_later() {
 }
 
 #[test]
+fn what_was_sent_goes_out_also_when_the_device_goes() {
+    let bytes = noise(100 << 10);
+    // The device closes its streams, or falls, or nothing is said to them before the end.
+    for how in 0..3 {
+        let bench = Bench::new();
+        let (number, mut program) = bench.connected();
+        program.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut sent = 0;
+        let unsent = loop {
+            let Sent { taken, unsent } = bench.send(number, &bytes);
+            sent += taken as usize;
+            if (taken as usize) < bytes.len() {
+                break unsent;
+            }
+        };
+        assert_eq!(unsent as usize, streams::KEPT);
+        match how {
+            0 => bench.socket.close(number).unwrap(),
+            1 => assert!(bench.socket.clear()),
+            _ => {}
+        }
+        let Bench { folder, socket, .. } = bench;
+        let dropping = std::thread::spawn(move || drop(socket));
+        // The program reads only when the socket is on its way out.
+        while UnixStream::connect(folder.path().join("vm")).is_ok() {
+            std::thread::yield_now();
+        }
+        let mut got = Vec::new();
+        program.read_to_end(&mut got).unwrap();
+        assert_eq!(got.len(), sent, "case {how}");
+        assert!(got.chunks(bytes.len()).all(|chunk| *chunk == bytes[..chunk.len()]));
+        dropping.join().unwrap();
+    }
+}
+
+#[test]
+fn a_program_that_never_reads_holds_up_the_end_for_two_seconds() {
+    let bench = Bench::new();
+    let (number, _program) = bench.connected();
+    while bench.send(number, &[0; 1 << 16]).taken == 1 << 16 {}
+    let (sender, gone) = mpsc::channel();
+    let since = Instant::now();
+    std::thread::spawn(move || {
+        drop(bench);
+        let _ = sender.send(());
+    });
+    gone.recv_timeout(PATIENCE).unwrap();
+    assert!(since.elapsed() >= LINGER);
+}
+
+#[test]
 fn either_end_may_be_done_before_the_other() {
     let bench = Bench::new();
     let (number, mut program) = bench.connected();

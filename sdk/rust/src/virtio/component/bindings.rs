@@ -897,7 +897,7 @@ pub mod tenon {
         ///
         /// A stream is begun by the device or by a program outside, and is the device's until it closes it. It is named by a number, which is not given again before
         /// 2^32 streams; one that the device does not hold ends the instance, as an unknown request does. A socket has at most 1024 streams. A new instance has none: the host
-        /// closes those of the old one.
+        /// closes those of the old one. When the device goes, the host waits up to 2 s until programs have taken what was sent.
         #[allow(dead_code, async_fn_in_trait, unused_imports, clippy::all)]
         pub mod sockets {
             #[used]
