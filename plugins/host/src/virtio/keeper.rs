@@ -264,33 +264,37 @@ impl Keeper {
     pub(super) fn enter(&mut self, entry: &Entry<'_>, first: u64) -> Outcome {
         let instance = self.instance.as_deref_mut()?;
         add(&self.counters.calls, 1);
-        let outcome = match instance.call(entry) {
+        match instance.call(entry) {
             Ok(answer) => {
                 // A read of the configuration space changes nothing.
-                if !matches!(entry, Entry::ConfigRead { .. }) {
-                    match save(instance, self.maker.schema()) {
-                        Ok(state) => self.checkpoint = state,
-                        Err(refusal) => {
-                            // The call has had its effects: what is lost is what it changed in the device.
-                            self.restart(refusal.into_fault(), None, u64::MAX);
-                        }
+                let is_read = matches!(entry, Entry::ConfigRead { .. });
+                let saved = (!is_read).then(|| save(instance, self.maker.schema()));
+                let outcome = Some(answer);
+                self.adjusted(entry, &outcome);
+                match saved {
+                    Some(Ok(state)) => self.checkpoint = state,
+                    Some(Err(refusal)) => {
+                        // The call has had its effects: what is lost is what it changed in the device.
+                        self.restart(refusal.into_fault(), None, u64::MAX);
                     }
+                    None => {}
                 }
                 if let Some(services) = self.services() {
                     services.base.forget();
                 }
-                Some(answer)
+                outcome
             }
-            Err(fault) => self.restart(fault, Some(entry), first),
-        };
-        if let (Entry::Adjust { key, value }, Some(Ok(_))) = (entry, &outcome) {
-            self.adjusted(key, value);
+            Err(fault) => {
+                let outcome = self.restart(fault, Some(entry), first);
+                self.adjusted(entry, &outcome);
+                outcome
+            }
         }
-        outcome
     }
 
-    /// A setting has changed: new instances are made with it.
-    fn adjusted(&mut self, key: &str, value: &str) {
+    /// New instances are made with a setting that the device has accepted.
+    fn adjusted(&mut self, entry: &Entry<'_>, outcome: &Outcome) {
+        let (Entry::Adjust { key, value }, Some(Ok(_))) = (*entry, outcome) else { return };
         self.settings.retain(|(known, _)| known != key);
         let at = self.settings.partition_point(|(known, _)| known.as_str() < key);
         self.settings.insert(at, (key.to_owned(), value.to_owned()));

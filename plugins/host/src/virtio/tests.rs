@@ -140,6 +140,8 @@ struct Script {
     aware: std::sync::atomic::AtomicBool,
     /// So many more resets trap.
     reset_traps: AtomicU32,
+    /// So many more savings are refused.
+    save_refusals: AtomicU32,
     done_calls: AtomicU32,
     instances: AtomicU32,
     /// The settings with which it was described last.
@@ -246,6 +248,9 @@ impl VirtioInstance for Disk {
     }
 
     fn save(&mut self) -> crate::instance::Answer<SavedState> {
+        if once(&self.script.save_refusals) {
+            return Ok(Err(DeviceError::Other("as told".into())));
+        }
         Ok(Ok(SavedState { schema: 1, data: self.counter.to_le_bytes().to_vec() }))
     }
 
@@ -395,6 +400,15 @@ fn a_new_instance_has_the_settings_as_they_were_adjusted() {
     assert_eq!(*bench.script.settings.lock().unwrap(), settings);
     assert_eq!(bench.device.read_config(0, 8), 5);
     assert_eq!(bench.device.last_fault(), Some(Fault::Trap("as told".into()).to_string()));
+}
+
+#[test]
+fn an_adjusted_setting_outlives_an_instance_that_cannot_save_it() {
+    let bench = Bench::new();
+    bench.script.save_refusals.store(1, Ordering::SeqCst);
+    bench.device.adjust("size", "1").unwrap();
+    assert_eq!(bench.device.usage().restarts, 1);
+    assert_eq!(*bench.script.settings.lock().unwrap(), [("size".to_owned(), "1".to_owned())]);
 }
 
 #[test]
