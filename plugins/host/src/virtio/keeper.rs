@@ -262,7 +262,13 @@ impl Keeper {
 
     /// Calls the device. `first` is the sequence number of the first request that the call brings.
     pub(super) fn enter(&mut self, entry: &Entry<'_>, first: u64) -> Outcome {
-        let instance = self.instance.as_deref_mut()?;
+        let Some(instance) = self.instance.as_deref_mut() else {
+            // Programs outside that come to a failed device need not wait for it either.
+            if let (Entry::SocketReady(_), Some(services)) = (entry, &self.idle) {
+                services.clear_sockets();
+            }
+            return None;
+        };
         add(&self.counters.calls, 1);
         match instance.call(entry) {
             Ok(answer) => {

@@ -3,11 +3,14 @@
 //! Long for the driver and the device that the tests share.
 
 use std::collections::VecDeque;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;
 use std::sync::{Condvar, MutexGuard};
 use std::time::Duration;
 
+use tempfile::TempDir;
 use tenon_abi::{OperationDone, RequestOperation, StoreError, StoreInfo};
 use tenon_core::{BrokenQueue, Buffers, GuestRequest, MIN_MEMORY};
 
@@ -146,6 +149,9 @@ struct Script {
     instances: AtomicU32,
     /// The settings with which it was described last.
     settings: Mutex<Vec<(String, String)>>,
+    /// It asks for a socket.
+    has_socket: bool,
+    policy: FailurePolicy,
 }
 
 fn once(counter: &AtomicU32) -> bool {
@@ -184,7 +190,9 @@ impl VirtioInstance for Disk {
 
     fn describe(&mut self, settings: &[(String, String)]) -> crate::instance::Answer<VirtioDescription> {
         *self.script.settings.lock().unwrap() = settings.to_vec();
-        Ok(Ok(VirtioDescription::new(2).queue("requests", 128, 8).config(8).store("disk").channel("log")))
+        let description =
+            VirtioDescription::new(2).queue("requests", 128, 8).config(8).store("disk").channel("log");
+        Ok(Ok(if self.script.has_socket { description.socket("vsock") } else { description }))
     }
 
     fn start(&mut self) -> crate::instance::Answer<()> {
@@ -273,7 +281,7 @@ impl Maker for Disks {
     }
 
     fn policy(&self) -> FailurePolicy {
-        FailurePolicy::Reload
+        self.0.policy
     }
 
     fn schema(&self) -> u32 {
@@ -291,28 +299,47 @@ struct Bench {
     told: mpsc::Receiver<&'static str>,
     transport: Arc<Transport>,
     store: Arc<Store>,
+    /// Where the socket `vm` is, if there is one.
+    folder: TempDir,
 }
 
 impl Bench {
     fn new() -> Self {
+        Self::with(Script::default())
+    }
+
+    fn with(script: Script) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mut sockets = Vec::new();
+        if script.has_socket {
+            sockets.push(("vsock".to_owned(), UnixSocket::open(&folder.path().join("vm")).unwrap()));
+        }
         let ram = Ram::new(MIN_MEMORY).unwrap();
         let shared = crate::store::Shared::new("disk0");
         let gate = Arc::new(Gate { pieces: Mutex::default(), came: Condvar::new(), shared: shared.clone() });
         let store = Store::on(shared, StoreInfo::new(1 << 30), Box::new(Gated(gate.clone())));
-        let script = Arc::new(Script::default());
+        let script = Arc::new(script);
         let parts = VirtioParts {
             clock: Clock::virtual_time(),
             ram: ram.clone(),
             stores: vec![("disk".into(), store.clone())],
             ports: Vec::new(),
-            sockets: Vec::new(),
+            sockets,
             folders: Vec::new(),
         };
         let device =
             VirtioDevice::attach(Box::new(Disks(script.clone())), None, "disk0", Vec::new(), &parts).unwrap();
         let (sender, told) = mpsc::channel();
         let transport = Arc::new(Transport(Mutex::new(sender)));
-        Self { ram, gate, script, device, driver: Arc::default(), told, transport, store }
+        Self { ram, gate, script, device, driver: Arc::default(), told, transport, store, folder }
+    }
+
+    /// A program that connects to the guest.
+    fn program(&self) -> UnixStream {
+        let mut program = UnixStream::connect(self.folder.path().join("vm")).unwrap();
+        program.set_read_timeout(Some(PATIENCE)).unwrap();
+        program.write_all(b"CONNECT 5000\n").unwrap();
+        program
     }
 
     fn start(&self) {
@@ -534,6 +561,19 @@ fn a_device_that_always_falls_needs_a_reset_and_is_revived_by_it() {
     bench.start();
     bench.gate.end(2, Ok(()));
     assert_eq!(tokens(&bench.driver.wait(2)), [3, 4]);
+}
+
+#[test]
+fn programs_that_connect_to_a_failed_device_are_let_go() {
+    let bench = Bench::with(Script { has_socket: true, ..Script::default() });
+    bench.script.traps.store(u32::MAX, Ordering::SeqCst);
+    bench.push(0..1);
+    bench.start();
+    assert_eq!(bench.heard(), "needs reset");
+    for _ in 0..3 {
+        assert_eq!(bench.program().read(&mut [0; 1]).unwrap(), 0);
+    }
+    bench.gate.end(1, Ok(()));
 }
 
 #[test]
