@@ -306,9 +306,16 @@ impl Keeper {
         self.settings.insert(at, (key.to_owned(), value.to_owned()));
     }
 
-    /// Brings up new instances until one stands where the old one did, or the device is given up. `retry` is the call that faulted.
+    /// A new instance takes the place of one that faulted. `retry` is the call in which it did.
     #[cold]
-    fn restart(&mut self, mut fault: Fault, mut retry: Option<&Entry<'_>>, first: u64) -> Outcome {
+    fn restart(&mut self, fault: Fault, retry: Option<&Entry<'_>>, first: u64) -> Outcome {
+        self.renew(Some(fault), retry, first)
+    }
+
+    /// Brings up new instances until one stands where the old one did, or the device is given up. Without a fault the old one has done nothing wrong, and the first of them counts for
+    /// nothing.
+    #[cold]
+    fn renew(&mut self, mut fault: Option<Fault>, mut retry: Option<&Entry<'_>>, first: u64) -> Outcome {
         let mut instance = self.instance.take()?;
         let mut services = instance.detach();
         // A device that falls over its reset is made anew, as after power-on.
@@ -318,19 +325,21 @@ impl Keeper {
         drop(instance);
         self.counters.set(Status::BackingOff);
         loop {
-            self.counters.fault(&fault);
-            if !self.may_restart() {
-                self.give_up(&fault, services);
-                return None;
+            if let Some(fault) = &fault {
+                self.counters.fault(fault);
+                if !self.may_restart() {
+                    self.give_up(fault, services);
+                    return None;
+                }
+                tracing::warn!(device = self.name, plugin = self.maker.plugin(), %fault, "restarting the device with its state and its requests");
             }
-            tracing::warn!(device = self.name, plugin = self.maker.plugin(), %fault, "restarting the device with its state and its requests");
             let Some(held) = services.take() else {
-                self.give_up(&fault, None);
+                self.give_up(&fault.unwrap_or_else(no_host_side), None);
                 return None;
             };
             match self.bring_up(held, state.as_ref(), retry, first) {
                 Ok((instance, answer, state)) => {
-                    add(&self.counters.restarts, 1);
+                    add(&self.counters.restarts, usize::from(fault.is_some()));
                     self.switch(instance, state);
                     return answer;
                 }
@@ -338,7 +347,7 @@ impl Keeper {
                     if matches!(refusal, Refusal::Again(_)) && retry.take().is_some() {
                         add(&self.counters.lost_calls, 1);
                     }
-                    fault = refusal.into_fault();
+                    fault = Some(refusal.into_fault());
                     services = left;
                 }
             }
@@ -369,7 +378,7 @@ impl Keeper {
         first: u64,
         answer: &mut Outcome,
     ) -> Result<SavedState, Refusal> {
-        let no_services = || Refusal::Fault("restore", Fault::Trap("its host side is gone".into()));
+        let no_services = || Refusal::Fault("restore", no_host_side());
         let services = instance.services().ok_or_else(no_services)?;
         services.ended.clear();
         let records = services.base.set_aside();
@@ -524,7 +533,8 @@ impl Keeper {
         }
     }
 
-    /// Takes over a state: a new instance is restored from it and given the requests; the old one goes only then. On an error the old one stays as it was.
+    /// Takes over a state: a new instance is restored from it and given the requests; the old one goes only then. On an error the device goes on with the state that it had and its requests,
+    /// but without the streams of its sockets. What the refused state did counts for nothing, whatever the manifest says about failures.
     pub(super) fn restore(&mut self, state: &SavedState) -> Result<(), String> {
         let services = match &mut self.instance {
             Some(instance) => instance.detach(),
@@ -555,14 +565,18 @@ impl Keeper {
                         None => self.idle = Some(services),
                     }
                 }
-                // The requests were given to the new instance: the old one's hold on them is gone, and so are its streams.
+                // The requests were given to the new instance: the old one's hold on them is gone, and so are its streams. Another one has the same state and is given them again.
                 if had_streams || self.services().is_some_and(|services| !services.table.is_empty()) {
-                    self.restart(what.clone(), None, u64::MAX);
+                    self.renew(None, None, u64::MAX);
                 }
                 Err(format!("restoring the device `{}`: {what}", self.name))
             }
         }
     }
+}
+
+fn no_host_side() -> Fault {
+    Fault::Trap("its host side is gone".into())
 }
 
 /// Saves an instance and checks that the schema is the one that the manifest promises.

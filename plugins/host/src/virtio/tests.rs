@@ -145,6 +145,9 @@ struct Script {
     reset_traps: AtomicU32,
     /// So many more savings are refused.
     save_refusals: AtomicU32,
+    /// So many more states are refused, or trap.
+    restore_refusals: AtomicU32,
+    restore_traps: AtomicU32,
     done_calls: AtomicU32,
     instances: AtomicU32,
     /// The settings with which it was described last.
@@ -263,6 +266,12 @@ impl VirtioInstance for Disk {
     }
 
     fn restore(&mut self, state: &SavedState) -> crate::instance::Answer<()> {
+        if once(&self.script.restore_refusals) {
+            return Ok(Err(DeviceError::Other("as told".into())));
+        }
+        if once(&self.script.restore_traps) {
+            return Err(Fault::Trap("as told".into()));
+        }
         self.counter = u64::from_le_bytes(state.data.as_slice().try_into().unwrap());
         Ok(Ok(()))
     }
@@ -570,10 +579,10 @@ fn programs_that_connect_to_a_failed_device_are_let_go() {
     bench.push(0..1);
     bench.start();
     assert_eq!(bench.heard(), "needs reset");
+    bench.gate.end(1, Ok(()));
     for _ in 0..3 {
         assert_eq!(bench.program().read(&mut [0; 1]).unwrap(), 0);
     }
-    bench.gate.end(1, Ok(()));
 }
 
 #[test]
@@ -611,6 +620,56 @@ fn a_write_to_the_configuration_space_is_kept_and_told_once_through_a_crash() {
     assert_eq!(bench.device.read_config(0, 8), 0);
     bench.device.restore(schema, &data).unwrap();
     assert_eq!(bench.device.read_config(0, 8), 12);
+}
+
+#[test]
+fn a_state_that_is_refused_costs_the_running_device_nothing() {
+    for (policy, traps) in [
+        (FailurePolicy::Reload, 0),
+        (FailurePolicy::Reload, 1),
+        (FailurePolicy::Fail, 0),
+        (FailurePolicy::Fail, 1),
+    ] {
+        let bench = Bench::with(Script { policy, ..Script::default() });
+        bench.device.write_config(0, 8, 5);
+        bench.push(0..4);
+        bench.start();
+        drop(bench.gate.wait(4));
+        // More often than a device may fault.
+        for _ in 0..10 {
+            bench.script.restore_refusals.store(1 - traps, Ordering::SeqCst);
+            bench.script.restore_traps.store(traps, Ordering::SeqCst);
+            let error = bench.device.restore(1, &7_u64.to_le_bytes()).unwrap_err();
+            assert!(error.contains("as told"), "{error}");
+        }
+        bench.gate.end(4, Ok(()));
+        assert_eq!((bench.device.status(), bench.device.read_config(0, 8)), (Status::Running, 5));
+        let usage = bench.device.usage();
+        assert_eq!((usage.faults, usage.restarts), (u64::from(traps) * 10, 0), "{policy:?}");
+        assert_eq!(tokens(&bench.driver.wait(4)), [0, 1, 2, 3]);
+        assert_eq!(bench.device.usage().divergences, 0);
+    }
+}
+
+#[test]
+fn streams_end_with_a_state_that_is_refused_and_nothing_else_does() {
+    let bench = Bench::with(Script { has_socket: true, policy: FailurePolicy::Fail, ..Script::default() });
+    bench.device.write_config(0, 8, 5);
+    let before = bench.device.usage().calls;
+    let mut program = bench.program();
+    while bench.device.usage().calls == before {
+        std::thread::yield_now();
+    }
+    bench.script.restore_refusals.store(1, Ordering::SeqCst);
+    bench.device.restore(1, &7_u64.to_le_bytes()).unwrap_err();
+    assert_eq!(program.read(&mut [0; 1]).unwrap(), 0);
+    assert_eq!((bench.device.status(), bench.device.read_config(0, 8)), (Status::Running, 5));
+    assert_eq!(
+        bench.script.instances.load(Ordering::SeqCst),
+        3,
+        "one that is told that there are no streams"
+    );
+    assert_eq!(bench.device.usage().faults, 0);
 }
 
 #[test]
