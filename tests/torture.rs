@@ -12,7 +12,7 @@ use tenon_tests::{Outcome, Tenon, debian, program};
 const FIO: [(&str, &str); 4] = [
     ("file", "file:fio.img"),
     ("qcow2", "qcow2:fio.qcow2"),
-    ("crypt", "crypt:qcow2:fio-crypt.qcow2,key-file=key"),
+    ("crypt", "crypt:qcow2:fio-crypt.qcow2,key-file=key,discard=yes"),
     ("overlay", "overlay:file:fio-base.img,top=file:fio-top.img"),
 ];
 /// The same for those with a file system. `fault` delays and holds writes back until a flush, as a disk with a cache does.

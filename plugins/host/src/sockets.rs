@@ -139,8 +139,9 @@ impl Shared {
 
     /// Lets nobody in any more, and gives programs what was sent to them.
     fn drain(&self, epoll: &OwnedFd) {
-        // Who connects now is refused, and does not wait.
+        // Who connects now is refused, and who waits to be let in is let go.
         let _ = rustix::net::shutdown(&self.listener, Shutdown::Both);
+        while rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC).is_ok() {}
         let _ = epoll::delete(epoll, &self.listener);
         let _ = epoll::delete(epoll, &self.bell);
         let mut events = Vec::with_capacity(64);
