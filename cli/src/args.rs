@@ -451,7 +451,9 @@ mod tests {
 
     #[test]
     fn sizes_have_binary_units() {
-        for (text, size) in [("4096", 4096), ("1k", 1024), ("512M", 512 << 20), ("2GiB", 2 << 30), ("1T", 1 << 40)] {
+        for (text, size) in
+            [("4096", 4096), ("1k", 1024), ("512M", 512 << 20), ("2GiB", 2 << 30), ("1T", 1 << 40)]
+        {
             assert_eq!(text.parse(), Ok(Size(size)));
         }
         for text in ["", "M", "-1M", "1.5G", "1P", "99999999999G", "0x10"] {

@@ -16,6 +16,8 @@ use crate::fault::Misuse;
 
 /// How many streams there are at most.
 pub(super) const STREAMS: usize = 1024;
+/// How many programs may be at their greeting: the one that has been for longest makes room for a new one. More than come at once.
+pub(super) const GREETERS: usize = 512;
 /// How many bytes of a stream are kept at most that its program has not taken.
 pub(super) const KEPT: usize = 64 << 10;
 /// How many bytes cross at once.
@@ -193,6 +195,15 @@ impl Streams {
 
     /// A program outside has connected. None, and the stream is closed, if there are too many.
     pub(super) fn greet(&mut self, socket: OwnedFd) -> Option<u32> {
+        let greeting =
+            |(number, stream): (&u32, &Stream)| matches!(stream.stage, Stage::Greeting(_)).then_some(*number);
+        let greeters: Vec<u32> = self.all.iter().filter_map(greeting).collect();
+        if greeters.len() >= GREETERS
+            // The numbers go up, and round.
+            && let Some(oldest) = greeters.iter().min_by_key(|number| number.wrapping_sub(self.next))
+        {
+            self.remove(*oldest);
+        }
         self.add(Stream::new(socket, Stage::Greeting(Vec::new())))
     }
 
