@@ -215,6 +215,8 @@ fn plugins_that_are_part_of_the_program_are_listed_inspected_and_tried() {
         assert_eq!((&about["origin"], &about["limits"]), (&Value::from("built-in"), &Value::Null));
         assert!(succeeds(Path::new("/"), &["inspect", id]).contains("without a sandbox"));
     }
+    succeeds(Path::new("/"), &["test", "null", "--set", "size=10M", "--keeps", "never"]);
+    succeeds(Path::new("/"), &["test", "overlay", "--keeps", "open"]);
     let text = succeeds(Path::new("/"), &["test", "memory"]);
     assert!(text.contains("part of this program") && text.ends_with("memory: passed\n"), "{text}");
 }

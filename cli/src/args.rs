@@ -317,6 +317,9 @@ pub(crate) enum PluginCommand {
         /// Try the native library instead of the component. It is trusted with the whole process
         #[arg(long)]
         allow_native: bool,
+        /// What a store promises of its content [default: `always` where it stands on another store, `open` otherwise]
+        #[arg(long, value_enum)]
+        keeps: Option<KeepsChoice>,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -331,6 +334,17 @@ pub(crate) enum PluginCommand {
         #[command(flatten)]
         places: PluginPlaces,
     },
+}
+
+/// How long a store keeps what is written to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KeepsChoice {
+    /// After it was closed, too
+    Always,
+    /// Until it is closed
+    Open,
+    /// Not at all
+    Never,
 }
 
 /// A kind of plugin.

@@ -12,7 +12,7 @@ use tenon_plugin_tool::{BuildOptions, Built, Error};
 use tenon_plugins::{Bundle, Manifest, SettingType};
 
 use crate::Usage;
-use crate::args::{KindChoice, PluginCommand, PluginPlaces};
+use crate::args::{KeepsChoice, KindChoice, PluginCommand, PluginPlaces};
 use crate::disks::LOWER;
 use crate::plugins::{BUILT_IN_FORM, Shelf, built_in, catalog, find, form, is_built_in};
 use crate::run::FAILED;
@@ -26,8 +26,15 @@ pub(crate) fn plugin(command: &PluginCommand) -> Result<ExitCode> {
             tell_built(&build(dir, *native, out.clone())?)?;
         }
         PluginCommand::Inspect { plugin, json, places } => inspect(plugin, *json, places)?,
-        PluginCommand::Test { plugin, settings, allow_native, json, places } => {
-            return test(built(plugin, *allow_native, places)?, settings, *allow_native, *json, places);
+        PluginCommand::Test { plugin, settings, allow_native, keeps, json, places } => {
+            return test(
+                built(plugin, *allow_native, places)?,
+                settings,
+                *allow_native,
+                *keeps,
+                *json,
+                places,
+            );
         }
         PluginCommand::List { json, places } => list(&lines(places)?, *json)?,
     }
@@ -365,6 +372,7 @@ fn test(
     candidate: Candidate,
     settings: &[(String, String)],
     native: bool,
+    keeps: Option<KeepsChoice>,
     json: bool,
     places: &PluginPlaces,
 ) -> Result<ExitCode> {
@@ -390,7 +398,7 @@ fn test(
         };
         print(format_args!("{id} {version}: {what}"))?;
     }
-    let outcome = trial::run(&plugin, settings, &shelf);
+    let outcome = trial::run(&plugin, settings, keeps, &shelf);
     if json {
         let (checks, failed) = match outcome {
             Ok(checks) => (checks, None),

@@ -8,8 +8,10 @@ use crossbeam_channel::RecvTimeoutError;
 use tenon_abi::{Machine as MachineDescription, MemoryKind, MemoryRange};
 use tenon_core::{Bus, Clock, InterruptController, Interrupts, Lifecycle, Msi, Ram, Requests, Space};
 use tenon_plugins::{GuestError, Image, Kind, MachineParts, Plugin, Status};
+use tenon_testkit::Random;
 
 use crate::Usage;
+use crate::args::KeepsChoice;
 use crate::plugins::Shelf;
 
 /// How many random accesses a device is given in each round.
@@ -25,25 +27,8 @@ impl InterruptController for Nowhere {
     fn signal_msi(&self, _: Msi) {}
 }
 
-/// Numbers that are the same in every trial: xorshift64* (Vigna 2016).
-pub(crate) struct Numbers(u64);
-
-impl Numbers {
-    pub(crate) fn new() -> Self {
-        Self(0x7e17)
-    }
-
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    pub(crate) fn below(&mut self, end: u64) -> u64 {
-        self.next() % end.max(1)
-    }
-}
+/// The numbers of every trial begin here.
+pub(crate) const SEED: u64 = 0x7e17;
 
 /// Settings as the command line has them; the manifest's defaults are added to them.
 pub(crate) type Settings<'a> = &'a [(String, String)];
@@ -52,15 +37,23 @@ pub(crate) type Settings<'a> = &'a [(String, String)];
 const PATIENCE: Duration = Duration::from_secs(600);
 
 /// Tries a plugin. Returns what was done, a line each.
-pub(crate) fn run(plugin: &Arc<Plugin>, settings: Settings<'_>, shelf: &Shelf) -> Result<Vec<String>> {
+pub(crate) fn run(
+    plugin: &Arc<Plugin>,
+    settings: Settings<'_>,
+    keeps: Option<KeepsChoice>,
+    shelf: &Shelf,
+) -> Result<Vec<String>> {
     plugin.manifest().settings(settings).map_err(|error| Usage(anyhow!("--set: {error}")))?;
+    if keeps.is_some() && plugin.manifest().kind != Kind::Store {
+        bail!(Usage(anyhow!("--keeps: `{}` is no store", plugin.manifest().id)));
+    }
     let (memory, medium) = (shelf.load("memory")?, crate::trial_medium::plugin(shelf.host())?);
     let (plugin, settings) = (plugin.clone(), settings.to_vec());
     let (sender, receiver) = crossbeam_channel::bounded(1);
     // On a thread of its own, which is left behind when it does not come back.
     std::thread::Builder::new()
         .name("trial".into())
-        .spawn(move || sender.send(by_kind(&plugin, &settings, &memory, &medium)))
+        .spawn(move || sender.send(by_kind(&plugin, &settings, keeps, &memory, &medium)))
         .context("starting a thread")?;
     match receiver.recv_timeout(PATIENCE) {
         Ok(result) => result,
@@ -74,13 +67,14 @@ pub(crate) fn run(plugin: &Arc<Plugin>, settings: Settings<'_>, shelf: &Shelf) -
 fn by_kind(
     plugin: &Arc<Plugin>,
     settings: Settings<'_>,
+    keeps: Option<KeepsChoice>,
     memory: &Arc<Plugin>,
     medium: &Arc<Plugin>,
 ) -> Result<Vec<String>> {
     match plugin.manifest().kind {
         Kind::Device if plugin.is_virtio() => crate::trial_virtio::run(plugin, settings, medium),
         Kind::Device => device(plugin, settings),
-        Kind::Store => crate::trial_store::run(plugin, settings, memory),
+        Kind::Store => crate::trial_store::run(plugin, settings, keeps, memory),
         Kind::Personality => personality(plugin, settings),
     }
 }
@@ -109,7 +103,7 @@ fn device(plugin: &Arc<Plugin>, settings: Settings<'_>) -> Result<Vec<String>> {
         description.lines.len()
     )];
     life.save().map_err(|text| anyhow!("save after start: {text}"))?;
-    let mut numbers = Numbers::new();
+    let mut numbers = Random::new(SEED);
     for round in 0..3 {
         for _ in 0..ACCESSES {
             access(&device, &parts, &mut numbers);
@@ -153,7 +147,7 @@ fn device(plugin: &Arc<Plugin>, settings: Settings<'_>) -> Result<Vec<String>> {
     Ok(said)
 }
 
-fn access(device: &tenon_plugins::Device, parts: &MachineParts, numbers: &mut Numbers) {
+fn access(device: &tenon_plugins::Device, parts: &MachineParts, numbers: &mut Random) {
     let regions = &device.description().regions;
     if numbers.below(16) == 0 {
         parts.clock.advance_to(parts.clock.now() + numbers.below(50_000_000));
@@ -190,7 +184,7 @@ fn personality(plugin: &Arc<Plugin>, settings: Settings<'_>) -> Result<Vec<Strin
     let memory = vec![MemoryRange { start: 0, size, kind: MemoryKind::Ram }];
     let machine = MachineDescription { vcpus: 1, memory, rsdp: None };
     let ram = Ram::new(size)?;
-    let mut numbers = Numbers::new();
+    let mut numbers = Random::new(SEED);
     let (mut refused, mut taken) = (0, 0);
     for number in 0..IMAGES {
         let length = usize::try_from(numbers.below(1 << (number % 17)))?;

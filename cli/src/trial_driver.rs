@@ -9,9 +9,9 @@ use tenon_core::{
     BrokenQueue, Buffers, FRAME_HEADER, GuestRequest, NetworkPort, Offloads, PortInfo, PortNews,
     QueueTransport, Ram, RequestQueue,
 };
-use tenon_testkit::{Answered, Ticket};
+use tenon_testkit::{Answered, Random, Ticket};
 
-use crate::trial::Numbers;
+use crate::trial::SEED;
 
 /// The guest's memory. Only what requests touch is taken from the host.
 const MEMORY: u64 = 256 << 20;
@@ -40,7 +40,7 @@ struct Given {
 }
 
 struct State {
-    numbers: Numbers,
+    numbers: Random,
     /// Memory in use: from and to.
     used: BTreeMap<u64, u64>,
     /// Where memory is looked for.
@@ -64,7 +64,7 @@ pub(crate) struct Driver {
 impl Driver {
     pub(crate) fn new() -> Result<Arc<Self>> {
         let state = State {
-            numbers: Numbers::new(),
+            numbers: Random::new(SEED),
             used: BTreeMap::new(),
             cursor: 0,
             waiting: Vec::new(),

@@ -9,6 +9,7 @@ use tenon_testkit::{StoreChecks, StoreSubject, suite};
 
 use tenon_sdk::store::Operation;
 
+use crate::args::KeepsChoice;
 use crate::disks::LOWER;
 use crate::trial::Settings;
 
@@ -24,7 +25,12 @@ struct Subject {
 }
 
 /// Tries a store. `memory` is what it stands on, if it stands on something. Returns what was done, a line each.
-pub(crate) fn run(plugin: &Arc<Plugin>, settings: Settings<'_>, memory: &Arc<Plugin>) -> Result<Vec<String>> {
+pub(crate) fn run(
+    plugin: &Arc<Plugin>,
+    settings: Settings<'_>,
+    keeps: Option<KeepsChoice>,
+    memory: &Arc<Plugin>,
+) -> Result<Vec<String>> {
     let lower = if plugin.manifest().permissions.contains(LOWER) {
         let size = [("size".to_owned(), LOWER_SIZE.to_owned())];
         vec![memory.open_store("lower", &size, Vec::new(), &StoreGrants::none())?]
@@ -32,10 +38,17 @@ pub(crate) fn run(plugin: &Arc<Plugin>, settings: Settings<'_>, memory: &Arc<Plu
         Vec::new()
     };
     // What it keeps by itself may be gone when it is closed.
-    let checks = StoreChecks { content: true, reopen: !lower.is_empty() };
+    let keeps = keeps.unwrap_or(if lower.is_empty() { KeepsChoice::Open } else { KeepsChoice::Always });
+    let checks = StoreChecks { content: keeps != KeepsChoice::Never, reopen: keeps == KeepsChoice::Always };
     let mut subject = Subject { plugin: plugin.clone(), settings: settings.to_vec(), lower, store: None };
     subject.open().map_err(|error| anyhow!(error)).context("it does not open with these settings")?;
-    suite::store(&mut subject, checks).map_err(|error| anyhow!(error))
+    suite::store(&mut subject, checks).map_err(|error| {
+        if error.contains("written") {
+            anyhow!("{error}; of a store that does not promise to keep what is written, say so by --keeps")
+        } else {
+            anyhow!(error)
+        }
+    })
 }
 
 impl Subject {

@@ -14,9 +14,9 @@ use tenon_core::{Clock, FRAME_HEADER, Lifecycle, NetworkPort, QueueDevice};
 use tenon_plugins::{
     AttachError, Plugin, SettingSchema, SettingType, UnixSocket, VirtioDevice, VirtioParts, VirtioUse,
 };
-use tenon_testkit::{Answered, MemoryStore, Ticket, VirtioSubject, suite};
+use tenon_testkit::{Answered, MemoryStore, Random, Ticket, VirtioSubject, suite};
 
-use crate::trial::{Numbers, Settings};
+use crate::trial::{SEED, Settings};
 use crate::trial_driver::{Driver, Echo};
 use crate::trial_medium::Hand;
 
@@ -57,7 +57,7 @@ fn adjusts(device: &mut Subject) -> Result<Option<String>> {
     if config.is_empty() {
         return Ok(None);
     }
-    let mut numbers = Numbers::new();
+    let mut numbers = Random::new(SEED);
     let [mut accepted, mut refused] = [0, 0];
     let features = device.description().features;
     device.activate(features).map_err(|error| anyhow!(error))?;
@@ -152,7 +152,7 @@ struct Subject {
     driver: Arc<Driver>,
     around: Around,
     device: Arc<VirtioDevice>,
-    numbers: Numbers,
+    numbers: Random,
     harm: Option<String>,
 }
 
@@ -163,7 +163,7 @@ impl Subject {
         let device = attach(&plugin, settings, &medium, &clock, &driver, &mut around)
             .map_err(|error| anyhow!(error))
             .context("it does not start with these settings")?;
-        let (numbers, settings) = (Numbers::new(), settings.to_vec());
+        let (numbers, settings) = (Random::new(SEED), settings.to_vec());
         Ok(Self { plugin, settings, medium, clock, driver, around, device, numbers, harm: None })
     }
 

@@ -62,6 +62,21 @@ pub struct Ram {
     roms: Vec<Rom>,
 }
 
+/// A new file in memory, of this size for ever.
+#[cfg(not(miri))]
+fn memory_file(size: u64) -> std::io::Result<File> {
+    let fd = rustix::fs::memfd_create("tenon-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    rustix::fs::ftruncate(&fd, size)?;
+    // A file that shrinks under a mapping would kill the process on its next access.
+    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW)?;
+    Ok(File::from(fd))
+}
+
+#[cfg(miri)]
+fn memory_file(_: u64) -> std::io::Result<File> {
+    File::open("/dev/null")
+}
+
 impl Ram {
     /// Makes `size` bytes of RAM, all zero.
     ///
@@ -80,13 +95,7 @@ impl Ram {
         if !(MIN_MEMORY..=MAX_MEMORY).contains(&size) || !size.is_multiple_of(4096) {
             return Err(MemoryError::Size(size));
         }
-        let fd = rustix::fs::memfd_create("tenon-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
-            .map_err(std::io::Error::from)?;
-        rustix::fs::ftruncate(&fd, size).map_err(std::io::Error::from)?;
-        // A file that shrinks under a mapping would kill the process on its next access.
-        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW)
-            .map_err(std::io::Error::from)?;
-        let file = Arc::new(File::from(fd));
+        let file = Arc::new(memory_file(size)?);
         let low = size.min(LOW_END);
         let writes = Writes::new(size);
         let mut regions = vec![Self::region(&file, &writes, 0, 0, low)?];
@@ -105,11 +114,16 @@ impl Ram {
         size: u64,
     ) -> Result<GuestRegionMmap<RegionWrites>, MemoryError> {
         let length = usize::try_from(size).map_err(|_| MemoryError::Size(size))?;
-        let mapping = MmapRegionBuilder::new_with_bitmap(length, RegionWrites::new(writes, offset))
+        let builder = MmapRegionBuilder::new_with_bitmap(length, RegionWrites::new(writes, offset))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+        #[cfg(not(miri))]
+        let builder = builder
             .with_file_offset(FileOffset::from_arc(file.clone(), offset))
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-            .build()?;
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE);
+        // Miri watches every access to memory, and knows no files in it.
+        #[cfg(miri)]
+        let builder = builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let mapping = builder.build()?;
         GuestRegionMmap::new(mapping, GuestAddress(base))
             .ok_or_else(|| MemoryError::Layout("a region wraps".into()))
     }
