@@ -9,6 +9,8 @@
 //!
 //! Actions in folders are kept apart, all of them: a write or a new file must not be had twice, also where operations and transfers were too many to be kept, or are others. They are dropped
 //! when another action is asked for than the old instance did.
+//!
+//! This file is longer than most for the tests of what is repeated and what is not.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
