@@ -192,6 +192,13 @@ impl Tenon {
         self
     }
 
+    /// Sets a variable of the command's environment.
+    #[must_use]
+    pub fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
+        self.command.env(name, value);
+        self
+    }
+
     /// A file of the test's own, beside the folder that must stay empty.
     ///
     /// # Panics

@@ -43,7 +43,7 @@ const STEPS: [(&str, How); 9] = [
     ("clippy", How::Chore(&["clippy"])),
     ("docs", How::Cargo(&["doc", "--release", "--workspace", "--no-deps", "--quiet"])),
     ("build", How::Chore(&["build"])),
-    ("guests", How::Chore(&["guests", "--firmware", "--disk"])),
+    ("guests", How::Chore(&["guests", "--firmware", "--disk", "--web"])),
     ("tests", How::Tests),
     ("examples", How::Examples),
 ];

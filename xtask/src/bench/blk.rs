@@ -111,8 +111,8 @@ fn patterns() -> Vec<Pattern> {
         for (size, random, depth, count) in [
             (4096, true, 1, 40_000),
             (4096, true, 32, 200_000),
-            (1 << 20, false, 1, 1000),
-            (1 << 20, false, 32, 1000),
+            (1 << 20, false, 1, 4000),
+            (1 << 20, false, 32, 4000),
         ] {
             patterns.push(Pattern { write, size, random, depth, count });
         }

@@ -5,6 +5,7 @@
 //! - A whole Debian on a disk, for those chores that need it: made from packages by mmdebstrap, kept in the same cache.
 //! - The same disk with a partition table and Debian's GRUB, for machines with PC firmware.
 //! - Debian's OVMF, and a small disk with GRUB that starts the first of these, for the tests of firmware.
+//! - Debian's nginx, for the tests with images on a web server.
 //! - Bare guests: the small programs of tests/guests, built into the target folder; with them, the plugins that misbehave on purpose.
 
 mod bare;
@@ -15,6 +16,7 @@ mod disk;
 mod firmware;
 mod kernel;
 mod modules;
+mod web;
 
 use anyhow::Result;
 use clap::Args;
@@ -38,6 +40,9 @@ pub(crate) struct Options {
     /// Fetch PC firmware and make the small disk that its tests boot as well
     #[arg(long)]
     firmware: bool,
+    /// Fetch the web server of the tests with images on one as well
+    #[arg(long)]
+    web: bool,
 }
 
 /// Makes all guests and says where they are.
@@ -63,6 +68,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         for file in firmware::make(&debian, options.refresh)? {
             println!("{}", file.display());
         }
+    }
+    if options.web {
+        println!("{}", web::make(options.refresh)?.display());
     }
     for guest in bare()? {
         println!("{}", guest.display());

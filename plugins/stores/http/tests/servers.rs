@@ -167,7 +167,7 @@ impl Drop for Foreign {
     }
 }
 
-/// Whether a program is there. Names that are paths come from the environment.
+/// Whether a program is there.
 fn installed(program: &str) -> bool {
     let quiet = |command: &mut Command| command.stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok();
     quiet(Command::new(program).arg("--help"))
@@ -190,47 +190,9 @@ fn start(name: &str, command: impl FnOnce(&Path, u16) -> Command) -> (Foreign, S
     (foreign, format!("http://127.0.0.1:{port}/image"))
 }
 
-fn nginx(folder: &Path, port: u16) -> Command {
-    let folder_text = folder.display();
-    let configuration = format!(
-        "daemon off; master_process off; pid {folder_text}/pid; error_log stderr;\nevents {{}}\nhttp {{\n  access_log off;\n  \
-         client_body_temp_path {folder_text}/t1; proxy_temp_path {folder_text}/t2; fastcgi_temp_path {folder_text}/t3;\n  \
-         uwsgi_temp_path {folder_text}/t4; scgi_temp_path {folder_text}/t5;\n  keepalive_requests 20;\n  \
-         server {{ listen 127.0.0.1:{port}; root {folder_text}; }}\n}}\n"
-    );
-    fs::write(folder.join("nginx.conf"), configuration).unwrap();
-    let mut command = Command::new(program("NGINX", "nginx"));
-    command.arg("-p").arg(folder).arg("-c").arg(folder.join("nginx.conf")).arg("-e").arg("stderr");
-    command
-}
-
 /// A program, or what the environment says is to be used for it.
 fn program(variable: &str, name: &str) -> String {
     std::env::var(variable).unwrap_or_else(|_| name.to_owned())
-}
-
-#[test]
-fn nginx_serves_every_byte_and_a_replaced_image_is_noticed() {
-    if !installed(&program("NGINX", "nginx")) {
-        println!("not run: nginx is not installed");
-        return;
-    }
-    let (server, url) = start("nginx", nginx);
-    let connections = read_all(&url);
-    assert!(connections > 1, "nginx ends a connection after 20 requests; there were {connections}");
-
-    let host = Host::default();
-    let (mut store, _) = open(&host, &url).unwrap();
-    let mut data = vec![0; 4096];
-    hosted::enter(&host, || store.read(0, &mut data)).unwrap();
-    let next = server.folder.join("next");
-    fs::write(&next, vec![0xee; LENGTH]).unwrap();
-    let later =
-        fs::metadata(server.folder.join("image")).unwrap().modified().unwrap() + Duration::from_secs(10);
-    fs::File::options().write(true).open(&next).unwrap().set_modified(later).unwrap();
-    fs::rename(&next, server.folder.join("image")).unwrap();
-    assert_eq!(hosted::enter(&host, || store.read(2 << 20, &mut data)), Err(StoreError::Io));
-    hosted::enter(&host, || drop(store));
 }
 
 #[test]
