@@ -82,6 +82,18 @@ fn a_disk_that_went_through_other_stores_comes_back_as_it_was() {
 }
 
 #[test]
+fn what_a_component_wrote_its_native_form_reads() {
+    let place = Place::new();
+    let (from, there, back) =
+        (place.disk("file", "from.img"), place.disk("crypt:file", "there"), place.disk("file", "back"));
+    place.does(&["disk", "convert", &from, &there]);
+    place.does(&["disk", "convert", &there, &back, "--allow-native", "crypt"]);
+    let same = fs::read(place.path("back")).expect("the copy") == place.content;
+    assert!(same, "other bytes came back");
+    refused(&["disk", "info", &there, "--allow-native", "qcow2"], 2, &["--allow-native qcow2", "no disk"]);
+}
+
+#[test]
 fn what_an_older_disk_held_is_gone_after_a_copy() {
     let place = Place::new();
     fs::write(place.path("old.img"), vec![b'o'; 6 * MIB]).expect("a disk");

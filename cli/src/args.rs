@@ -167,14 +167,21 @@ pub(crate) struct RunArgs {
     pub(crate) console: ConsoleChoice,
 
     #[command(flatten)]
-    pub(crate) plugins: PluginPlaces,
-    /// Run this plugin's native library instead of its component. Native plugins are trusted with the whole process
-    #[arg(long, value_name = "ID", help_heading = "Plugins")]
-    pub(crate) allow_native: Vec<String>,
+    pub(crate) plugins: PluginUse,
 
     /// Write what happened to FILE as JSON when the machine ends
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Output")]
     pub(crate) summary: Option<PathBuf>,
+}
+
+/// Where plugins are looked for, and which may be native.
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct PluginUse {
+    #[command(flatten)]
+    pub(crate) places: PluginPlaces,
+    /// Run this plugin's native library instead of its component. Native plugins are trusted with the whole process
+    #[arg(long, value_name = "ID", help_heading = "Plugins")]
+    pub(crate) allow_native: Vec<String>,
 }
 
 /// Where plugins are looked for.
@@ -214,7 +221,7 @@ pub(crate) enum DiskCommand {
         #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
         backing: Option<PathBuf>,
         #[command(flatten)]
-        places: PluginPlaces,
+        plugins: PluginUse,
     },
     /// Say what a disk is
     Info {
@@ -224,7 +231,7 @@ pub(crate) enum DiskCommand {
         #[arg(long)]
         json: bool,
         #[command(flatten)]
-        places: PluginPlaces,
+        plugins: PluginUse,
     },
     /// Make a disk larger
     Resize {
@@ -233,7 +240,7 @@ pub(crate) enum DiskCommand {
         /// How large it is to be
         size: Size,
         #[command(flatten)]
-        places: PluginPlaces,
+        plugins: PluginUse,
     },
     /// Copy a disk to another, which is made if it is not there
     #[command(
@@ -251,7 +258,7 @@ pub(crate) enum DiskCommand {
         #[arg(long)]
         overwrite: bool,
         #[command(flatten)]
-        places: PluginPlaces,
+        plugins: PluginUse,
     },
     /// Check an image's books, and read all of the disk
     Check {
@@ -261,7 +268,7 @@ pub(crate) enum DiskCommand {
         #[arg(long)]
         json: bool,
         #[command(flatten)]
-        places: PluginPlaces,
+        plugins: PluginUse,
     },
 }
 

@@ -14,7 +14,7 @@ use signal_hook::iterator::Signals;
 use tenon_plugins::{Data, MAX_TRANSFER, OperationKind, Store};
 use tenon_store_qcow2 as qcow2;
 
-use crate::args::{DiskCommand, PluginPlaces, Size};
+use crate::args::{DiskCommand, PluginUse, Size};
 use crate::disks::DiskSpec;
 use crate::plugins::Shelf;
 use crate::run::FAILED;
@@ -28,21 +28,27 @@ const DEPTH: u64 = 8;
 
 pub(crate) fn disk(command: &DiskCommand) -> Result<ExitCode> {
     match command {
-        DiskCommand::Create { disk, size, backing, places } => {
-            create(disk, *size, backing.as_deref(), &shelf(places)?)?
+        DiskCommand::Create { disk, size, backing, plugins } => {
+            create(disk, *size, backing.as_deref(), &shelf(plugins, &[disk])?)?
         }
-        DiskCommand::Info { disk, json, places } => info(disk, *json, &shelf(places)?)?,
-        DiskCommand::Resize { disk, size, places } => resize(disk, *size, &shelf(places)?)?,
-        DiskCommand::Convert { from, to, size, overwrite, places } => {
-            convert(from, to, *size, *overwrite, &shelf(places)?)?
+        DiskCommand::Info { disk, json, plugins } => info(disk, *json, &shelf(plugins, &[disk])?)?,
+        DiskCommand::Resize { disk, size, plugins } => resize(disk, *size, &shelf(plugins, &[disk])?)?,
+        DiskCommand::Convert { from, to, size, overwrite, plugins } => {
+            convert(from, to, *size, *overwrite, &shelf(plugins, &[from, to])?)?
         }
-        DiskCommand::Check { disk, json, places } => return check(disk, *json, &shelf(places)?),
+        DiskCommand::Check { disk, json, plugins } => return check(disk, *json, &shelf(plugins, &[disk])?),
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn shelf(places: &PluginPlaces) -> Result<Shelf> {
-    Shelf::open(places, &[])
+/// The plugins for these disks.
+fn shelf(plugins: &PluginUse, disks: &[&DiskSpec]) -> Result<Shelf> {
+    for id in &plugins.allow_native {
+        if !disks.iter().any(|disk| disk.stores().any(|store| store == id)) {
+            bail!(Usage(anyhow!("--allow-native {id}: no disk here is one of `{id}`")));
+        }
+    }
+    Shelf::open(&plugins.places, &plugins.allow_native)
 }
 
 /// Makes the lowest store, and formats those that stand on it and want that.

@@ -135,9 +135,10 @@ pub(crate) struct Disk {
 }
 
 impl DiskSpec {
-    /// What may be ids of stores in the chain; the last may be a part of the place.
+    /// What may be ids of stores, in the chain and in that of an overlay's top; the last of each may be a part of the place.
     pub(crate) fn stores(&self) -> impl Iterator<Item = &str> {
-        self.chain.split(':')
+        let tops = self.settings.iter().filter(|(name, _)| name == "top").map(|(_, top)| top);
+        std::iter::once(&self.chain).chain(tops).flat_map(|chain| chain.split(':'))
     }
 
     /// Opens the stores, from the lowest up, under `name`.

@@ -99,7 +99,7 @@ pub(crate) fn run(args: &RunArgs, process_start: Instant) -> Result<ExitCode> {
         ),
         None => None,
     };
-    let shelf = Shelf::open(&args.plugins, &args.allow_native)?;
+    let shelf = Shelf::open(&args.plugins.places, &args.plugins.allow_native)?;
     let mut personality = shelf.personality(&args.personality)?;
     if let Some(text) = &args.cmdline {
         personality.set_cmdline(text)?;
@@ -397,7 +397,7 @@ fn watch_signals() -> Result<Receiver<i32>> {
 
 /// The usage errors that only show when options are taken together.
 pub(crate) fn check(args: &RunArgs) -> Result<()> {
-    for id in &args.allow_native {
+    for id in &args.plugins.allow_native {
         if !devices::names_plugin(args, id) && args.personality.plugin != *id {
             bail!(Usage(anyhow!("--allow-native {id}: this machine has no plugin `{id}`")));
         }

@@ -18,8 +18,8 @@
 //! The checksum tells damage, the CMAC a wrong key and a header that somebody made up.
 
 use aes::Aes256;
-use aes_kw::KekAes256;
-use cmac::{Cmac, Mac};
+use aes_kw::KwAes256;
+use cmac::{Cmac, KeyInit, Mac};
 use tenon_sdk::store::{Error, MOST, Result};
 use zeroize::Zeroizing;
 
@@ -119,7 +119,7 @@ impl Sealed {
             return Ok(None);
         }
         let mut volume = Key::new([0; xts::KEY]);
-        if kek(key).unwrap(&bytes[48..48 + WRAPPED], &mut volume[..]).is_err() {
+        if kek(key).unwrap_key(&bytes[48..48 + WRAPPED], &mut volume[..]).is_err() {
             return Ok(None);
         }
         let (unit, data) = (u32_at(bytes, 12), u64_at(bytes, 16));
@@ -163,7 +163,7 @@ impl Header {
         bytes[24..32].copy_from_slice(&self.sequence.to_le_bytes());
         bytes[32..48].copy_from_slice(&self.identity);
         kek(key)
-            .wrap(&self.volume[..], &mut bytes[48..48 + WRAPPED])
+            .wrap_key(&self.volume[..], &mut bytes[48..48 + WRAPPED])
             .map_err(|error| Error::Other(format!("the volume key cannot be wrapped: {error}")))?;
         let seal = mac(key, &bytes[..MAC]).finalize().into_bytes();
         bytes[MAC..MAC + 16].copy_from_slice(&seal);
@@ -173,15 +173,12 @@ impl Header {
     }
 }
 
-fn kek(key: &Key) -> KekAes256 {
-    let mut half = Zeroizing::new([0; xts::KEY / 2]);
-    half.copy_from_slice(&key[..xts::KEY / 2]);
-    KekAes256::from(*half)
+fn kek(key: &Key) -> KwAes256 {
+    KwAes256::new(xts::halves(key).0)
 }
 
 fn mac(key: &Key, bytes: &[u8]) -> Cmac<Aes256> {
-    let half = &key[xts::KEY / 2..];
-    <Cmac<Aes256> as Mac>::new(half.into()).chain_update(bytes)
+    Cmac::new(xts::halves(key).1).chain_update(bytes)
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
