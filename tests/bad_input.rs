@@ -238,3 +238,21 @@ fn a_triple_fault_says_where() {
     let outcome = Tenon::bare("triple", "soft").outcome();
     outcome.refused(1, &["triple fault", "vCPU 0", "rip", "0f 0b"]);
 }
+
+#[test]
+fn a_device_without_what_it_works_on_is_refused_with_the_option_that_gives_it() {
+    let tenon = linux();
+    let disk = format!("file:{}", tenon.file("disk.img", &[0; 4096]).display());
+    for (words, named) in [
+        (["--device", "virtio-blk"], &["needs a store", "--disk"][..]),
+        (["--device", "virtio-net"], &["needs a network port", "--net"]),
+        (["--device", "virtio-fs,tag=a"], &["needs a folder", "--share"]),
+        (["--disk", &format!("{disk},device=virtio-rng")], &["virtio-rng", "no use for a store"]),
+        (["--disk", &format!("{disk},device=serial")], &["--disk", "serial", "no virtio device"]),
+        (["--disk", &format!("{disk},device=none-such")], &["none-such"]),
+        (["--net", "user,color=red"], &["color", "forward", "queues"]),
+        (["--net", "user,queues=70000"], &["queues"]),
+    ] {
+        linux().args(words).outcome().refused(2, named);
+    }
+}

@@ -1,6 +1,7 @@
 //! Virtio devices over PCI with real drivers: a bare one in ring 3 on both engines, and those of an unmodified Debian kernel on the software engine.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -8,7 +9,7 @@ use std::path::PathBuf;
 use std::thread;
 
 use tempfile::TempDir;
-use tenon_tests::{Outcome, PROMPT, Tenon, bare, has_kvm, noise};
+use tenon_tests::{Outcome, PROMPT, Tenon, bare, bundled, has_kvm, noise};
 
 const MIB: usize = 1 << 20;
 
@@ -16,7 +17,7 @@ const MIB: usize = 1 << 20;
 fn disk(content: &[u8]) -> (TempDir, PathBuf) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("disk.img");
-    std::fs::write(&path, content).expect("a file");
+    fs::write(&path, content).expect("a file");
     (folder, path)
 }
 
@@ -102,8 +103,38 @@ fn linux_reads_and_writes_a_disk() {
     assert!(outcome.stdout.contains("tenon-test-1"), "{}", outcome.all());
     let mut expected = content.clone();
     expected[4 * MIB..5 * MIB].copy_from_slice(&content[..MIB]);
-    assert!(std::fs::read(&disk).expect("the disk") == expected, "the file is not what the guest wrote");
+    assert!(fs::read(&disk).expect("the disk") == expected, "the file is not what the guest wrote");
     assert_eq!(device(&outcome, "virtio-blk")["faults"], 0);
+}
+
+#[test]
+fn disks_and_cards_take_settings_and_other_plugins() {
+    // Vendors' devices: those of this repository, under other names.
+    let (folder, image) = disk(&noise(4, MIB));
+    for (id, other) in [("virtio-blk", "my-blk"), ("virtio-net", "my-net")] {
+        let place = folder.path().join(other);
+        fs::create_dir(&place).expect("a folder");
+        let manifest = fs::read_to_string(bundled(id).join("plugin.toml")).expect("its manifest");
+        let manifest = manifest.replace(&format!("id = \"{id}\""), &format!("id = \"{other}\""));
+        fs::write(place.join("plugin.toml"), manifest).expect("a file");
+        fs::copy(bundled(id).join("plugin.wasm"), place.join("plugin.wasm")).expect("a file");
+    }
+    let outcome = Tenon::virtio_debian()
+        .args(["--cpus", "2", "--net", "user,device=my-net,queues=2,mac=52:54:00:00:00:77", "--plugin-dir"])
+        .arg(folder.path())
+        .arg("--disk")
+        .arg(format!("file:{},ro,device=my-blk,id=of-mine", image.display()))
+        .typing(PROMPT, "cat /sys/block/vda/serial /sys/block/vda/ro /sys/class/net/eth0/address; echo\n")
+        .typing(PROMPT, "ls /sys/class/net/eth0/queues | tr '\\n' ' '; echo\n")
+        .typing(PROMPT, "poweroff -f\n")
+        .outcome();
+    powered_off(&outcome);
+    for told in ["of-mine1\n52:54:00:00:00:77\n", "rx-0 rx-1 tx-0 tx-1 "] {
+        assert!(outcome.stdout.contains(told), "`{told}`: {}", outcome.all());
+    }
+    for plugin in ["my-blk", "my-net"] {
+        assert_eq!(device(&outcome, plugin)["faults"], 0);
+    }
 }
 
 #[test]
@@ -118,7 +149,7 @@ fn a_read_only_disk_stays_as_it_is() {
         .outcome();
     powered_off(&outcome);
     assert!(outcome.stdout.contains("\n1\n"), "{}", outcome.all());
-    assert!(std::fs::read(&disk).expect("the disk") == content, "the guest wrote to it");
+    assert!(fs::read(&disk).expect("the disk") == content, "the guest wrote to it");
 }
 
 #[test]

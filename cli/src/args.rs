@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use crate::disks::DiskSpec;
+use crate::networks::NetworkSpec;
 use crate::shares::ShareSpec;
 use crate::vsock::VsockSpec;
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
@@ -147,15 +148,15 @@ pub(crate) struct RunArgs {
     /// Leave out `serial` and `rtc` where they are not named
     #[arg(long, help_heading = "Devices")]
     pub(crate) no_default_devices: bool,
-    /// Add a disk: a store and its place, such as `file:disk.img`, `qcow2:disk.qcow2,ro`, or stores on one another, such as `overlay:file:base.img`. Settings behind a comma go to the store or to the disk: `ro`, `id=NAME` for the guest, `KEY-file=FILE` for a setting kept in a file, such as a cipher's key, `top=STORE:PLACE` for where an overlay keeps what is changed; `tenon plugin inspect` lists others. A comma in a value is written twice
+    /// Add a disk: a store and its place, such as `file:disk.img`, `qcow2:disk.qcow2,ro`, or stores on one another, such as `overlay:file:base.img`. Settings behind a comma go to the store or to the disk: `ro`, `id=NAME` for the guest, `KEY-file=FILE` for a setting kept in a file, such as a cipher's key, `top=STORE:PLACE` for where an overlay keeps what is changed, `device=ID` for another plugin that shows it to the guest; `tenon plugin inspect` lists others. A comma in a value is written twice
     #[arg(long = "disk", value_name = "STORE:PLACE[,KEY=VALUE…]", help_heading = "Devices")]
     pub(crate) disks: Vec<DiskSpec>,
     /// Add a read-only disk with the content of FILE
     #[arg(long = "cdrom", value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = "Devices")]
     pub(crate) cdroms: Vec<PathBuf>,
-    /// Add a network card: `user` (no privileges; `forward=2222:22` lets ssh in), `tap:NAME`, or `socket,listen=PATH` and `socket,connect=PATH`; with `mac=…`, `mtu=…`, `pcap=FILE`
-    #[arg(long = "net", value_name = "KIND[,KEY=VALUE…]", value_parser = tenon_net::parse, help_heading = "Devices")]
-    pub(crate) networks: Vec<tenon_net::Spec>,
+    /// Add a network card: `user` (no privileges; `forward=2222:22` lets ssh in), `tap:NAME`, or `socket,listen=PATH` and `socket,connect=PATH`; with `mac=…`, `mtu=…`, `pcap=FILE`, and the card's own settings, such as `queues=4`; `device=ID` takes another plugin for the card
+    #[arg(long = "net", value_name = "KIND[,KEY=VALUE…]", help_heading = "Devices")]
+    pub(crate) networks: Vec<NetworkSpec>,
     /// Let programs of the guest and of this host connect to each other. A program in the guest that connects to port P of CID 2 reaches the Unix socket `PATH_P`. A program here connects to the Unix socket PATH, writes `CONNECT P` and a line feed, and after `OK` reaches port P of the guest, whose CID is 3 or N
     #[arg(long, value_name = "PATH[,cid=N]", help_heading = "Devices")]
     pub(crate) vsock: Option<VsockSpec>,

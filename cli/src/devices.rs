@@ -4,7 +4,7 @@ use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use serde::Serialize;
 use tenon_abi::DeviceError;
 use tenon_core::{Lifecycle, NetworkPort, Ram};
@@ -27,9 +27,7 @@ const CONSOLE: &str = "console";
 const DEFAULT_DEVICES: [&str; 2] = ["serial", "rtc"];
 /// The device that a machine with a disk or a network also has: a whole system waits for entropy.
 const ENTROPY: &str = "virtio-rng";
-/// The device that shows a network port to the guest.
-const NETWORK: &str = "virtio-net";
-/// The names by which `virtio-blk` and `virtio-net` ask for what is behind them.
+/// The names by which a disk and a network card ask for what is behind them.
 const DISK_STORE: &str = "disk";
 const NETWORK_PORT: &str = "net";
 
@@ -92,11 +90,11 @@ pub(crate) fn named(args: &RunArgs) -> Vec<PluginSpec> {
 
 /// Whether the command line names this plugin as a device or store, or names something that takes it.
 pub(crate) fn names_plugin(args: &RunArgs, id: &str) -> bool {
-    let has_disk = !(args.disks.is_empty() && args.cdroms.is_empty());
     named(args).iter().any(|spec| spec.plugin == id)
         || args.disks.iter().any(|disk| disk.stores().any(|store| store == id))
-        || id == DISK && has_disk
-        || id == NETWORK && !args.networks.is_empty()
+        || args.disks.iter().any(|disk| disk.device() == id)
+        || id == DISK && !args.cdroms.is_empty()
+        || args.networks.iter().any(|network| network.card.plugin == id)
         || id == VSOCK && args.vsock.is_some()
         || id == FOLDER && !args.shares.is_empty()
 }
@@ -129,11 +127,12 @@ impl<'a> Devices<'a> {
         }
         for (n, spec) in args.networks.iter().enumerate() {
             // Two cards of one machine have two addresses.
-            let spec = tenon_net::Spec { name: format!("{}-{n}", spec.name), ..spec.clone() };
-            let port = tenon_net::open(&spec)?;
-            let device = PluginSpec { plugin: NETWORK.into(), settings: Vec::new() };
+            let network = &spec.network;
+            let network = tenon_net::Spec { name: format!("{}-{n}", network.name), ..network.clone() };
+            spec.check(&*self.shelf.load(&spec.card.plugin)?)?;
+            let port = tenon_net::open(&network)?;
             let behind = Behind { ports: vec![(NETWORK_PORT.into(), port)], ..Behind::default() };
-            self.attach(&device, "--net", behind)?;
+            self.attach(&spec.card, "--net", behind)?;
         }
         if let Some(spec) = &args.vsock {
             let behind = Behind { sockets: vec![(SOCKET.into(), spec.open()?)], ..Behind::default() };
@@ -158,8 +157,22 @@ impl<'a> Devices<'a> {
             AttachError::Setting(_) | AttachError::Refused { error: DeviceError::Invalid(_), .. } => {
                 anyhow::Error::new(Usage(anyhow!(error).context(format!("{option} {}", spec.plugin))))
             }
+            AttachError::Unused { .. } => Usage(anyhow!(error).context(option.to_owned())).into(),
+            AttachError::Missing { what, .. } if option == "--device" => {
+                let id = &spec.plugin;
+                let remedy = match what {
+                    "store" => format!("`--disk STORE:PLACE,device={id}` gives it one"),
+                    "network port" => format!("`--net KIND,device={id}` gives it one"),
+                    "socket" => "`--vsock PATH` is for sockets".into(),
+                    _ => "`--share DIR` is for folders".into(),
+                };
+                Usage(anyhow!("{error}; {remedy}")).into()
+            }
             error => error.into(),
         };
+        if !plugin.is_virtio() && option != "--device" {
+            bail!(Usage(anyhow!("{option}: `{id}` is no virtio device")));
+        }
         let Sockets { parts, pci, ram } = &self.sockets;
         let model = if plugin.is_virtio() {
             let Behind { stores, ports, sockets, folders } = behind;

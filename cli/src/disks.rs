@@ -42,6 +42,8 @@ const FROM_FILE: &str = "-file";
 const LONGEST_FILE: u64 = 4096;
 /// The plugin that shows a store to the guest as a disk.
 pub(crate) const DISK: &str = "virtio-blk";
+/// The setting that names another plugin for what shows a disk or a network to the guest.
+pub(crate) const DEVICE: &str = "device";
 /// How many stores may stand on one another.
 const DEEPEST: usize = 8;
 
@@ -141,6 +143,12 @@ impl DiskSpec {
         std::iter::once(&self.chain).chain(tops).flat_map(|chain| chain.split(':'))
     }
 
+    /// The plugin that shows it to the guest.
+    pub(crate) fn device(&self) -> &str {
+        let device = self.settings.iter().rfind(|(key, _)| key == DEVICE);
+        device.map_or(DISK, |(_, plugin)| plugin)
+    }
+
     /// Opens the stores, from the lowest up, under `name`.
     pub(crate) fn open(&self, shelf: &Shelf, name: &str) -> Result<Disk> {
         let (mut layers, mut device) = self.layers(shelf)?;
@@ -155,8 +163,10 @@ impl DiskSpec {
         }
         let Some(store) = lower.pop() else { bail!(Usage(anyhow!("--disk {}: no store", self.chain))) };
         let info = store.info();
+        let plugin = shelf.load(&device.plugin)?;
         let mut unless_said = |key: &str, value: &str| {
-            if device.settings.iter().all(|(said, _)| said != key) {
+            let is_said = device.settings.iter().any(|(said, _)| said == key);
+            if plugin.manifest().config.contains_key(key) && !is_said {
                 device.settings.push((key.into(), value.into()));
             }
         };
@@ -258,8 +268,8 @@ impl DiskSpec {
             layers.push(layer);
             break;
         }
-        let mut device = PluginSpec { plugin: DISK.into(), settings: Vec::new() };
-        for (key, value) in &self.settings {
+        let mut device = PluginSpec { plugin: self.device().into(), settings: Vec::new() };
+        for (key, value) in self.settings.iter().filter(|(key, _)| key != DEVICE) {
             let named = key
                 .split_once('.')
                 .and_then(|(id, key)| layers.iter().position(|layer| layer.id() == id).map(|at| (at, key)));
@@ -270,7 +280,7 @@ impl DiskSpec {
                 .or_else(|| layers.iter().position(|layer| has(layer, key)).map(|at| (at, key.as_str())));
             let Some((at, key)) = owner else {
                 let key = if key == ID.0 { ID.1 } else { key };
-                let disk = shelf.load(DISK)?;
+                let disk = shelf.load(&device.plugin)?;
                 if !disk.manifest().config.contains_key(key) {
                     bail!(wrong(no_setting(key, &layers, &disk)));
                 }
@@ -312,22 +322,24 @@ impl DiskSpec {
 
 /// That nothing on the way has the setting `key`, and which there are.
 fn no_setting(key: &str, layers: &[Layer], disk: &Plugin) -> String {
-    let taken = |id: &str, keys: Vec<String>| match keys.as_slice() {
-        [] => format!("{id} takes none"),
-        keys => format!("{id} takes {}", keys.join(", ")),
-    };
     let stores = layers.iter().map(|layer| {
         // The place is no setting to be written behind a comma.
         let own = layer.plugin.manifest().config.keys();
         let own = own.filter(|key| {
             !(layer.settings.iter().any(|(said, _)| said == *key) && PLACES.contains(&key.as_str()))
         });
-        let top = (layer.id() == OVERLAY).then(|| TOP.to_owned());
-        taken(layer.id(), own.cloned().chain(top).collect())
+        let top = (layer.id() == OVERLAY).then_some(TOP);
+        taken(layer.id(), own.map(String::as_str).chain(top))
     });
-    let of_disk = taken("the disk", disk.manifest().config.keys().cloned().collect());
+    let of_disk = taken("the disk", disk.manifest().config.keys().map(String::as_str));
     let all: Vec<String> = stores.chain([of_disk]).collect();
     format!("there is no setting `{key}`: {}", all.join("; "))
+}
+
+/// Which settings something has.
+pub(crate) fn taken<'k>(who: &str, keys: impl Iterator<Item = &'k str>) -> String {
+    let keys: Vec<&str> = keys.collect();
+    if keys.is_empty() { format!("{who} takes none") } else { format!("{who} takes {}", keys.join(", ")) }
 }
 
 /// The setting that `key` gives the content of a file, if it is one of those.

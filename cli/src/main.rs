@@ -9,6 +9,7 @@ mod doctor;
 mod engine;
 mod firmware;
 mod guest;
+mod networks;
 mod places;
 mod plugin;
 mod plugins;

@@ -71,6 +71,18 @@ pub enum AttachError {
         /// The names that there are.
         given: String,
     },
+    /// It does not ask for something that it was given.
+    #[error("device `{device}` has no use for a {what} named `{name}`; it asks for {asked}")]
+    Unused {
+        /// The device's name.
+        device: String,
+        /// `store` or `network port`.
+        what: &'static str,
+        /// The name under which it was given.
+        name: String,
+        /// The names that it asks for.
+        asked: String,
+    },
     /// A setting.
     #[error(transparent)]
     Setting(#[from] SettingError),

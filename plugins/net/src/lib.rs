@@ -29,5 +29,5 @@ mod user;
 pub use fuzz::fuzz_frame;
 pub use open::open;
 pub use pcap::Recorder;
-pub use spec::{Kind, NetworkError, SNAPLEN, Spec, local_mac, parse};
+pub use spec::{Kind, NetworkError, SNAPLEN, Spec, is_setting, local_mac, parse};
 pub use user::{Forward, Protocol, UserConfig, UserNetwork};

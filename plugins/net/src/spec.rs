@@ -70,6 +70,36 @@ pub struct Spec {
 /// How much of each frame is recorded if nothing is said: all of the longest.
 pub const SNAPLEN: u32 = 65535 + 18;
 
+impl Kind {
+    /// The settings that it takes, as a sentence.
+    #[must_use]
+    pub fn settings(&self) -> String {
+        let name = match self {
+            Self::User { .. } => "user",
+            Self::Tap { .. } => "tap",
+            Self::Socket { .. } => "socket",
+        };
+        format!("{name} takes {}, {COMMON}", own_settings(name).unwrap_or_default())
+    }
+}
+
+/// The settings of one kind of network and of no other.
+fn own_settings(kind: &str) -> Option<&'static str> {
+    match kind {
+        "user" => Some("forward, restrict, dns"),
+        "tap" => Some("name"),
+        "socket" => Some("listen, connect"),
+        _ => None,
+    }
+}
+
+/// Whether a setting is one of any kind of network: others can be those of the card.
+#[must_use]
+pub fn is_setting(key: &str) -> bool {
+    let own = ["user", "tap", "socket"].into_iter().filter_map(own_settings);
+    own.chain([COMMON]).any(|keys| keys.split(", ").any(|other| other == key))
+}
+
 const KINDS: &str = "say user, tap:NAME, socket,listen=PATH or socket,connect=PATH";
 const COMMON: &str = "id, mac, mtu, pcap, snaplen";
 
@@ -87,12 +117,10 @@ pub fn parse(text: &str) -> Result<Spec, NetworkError> {
         Some(("tap", name)) => ("tap", Some(name.to_owned())),
         _ => (kind, None),
     };
-    let own = match kind {
-        "user" => "forward, restrict, dns",
-        "tap" => "name",
-        "socket" => "listen, connect",
-        "" => return Err(NetworkError::new("kind", "none is named", KINDS)),
-        other => return Err(NetworkError::new("kind", format!("`{other}` is not known"), KINDS)),
+    let own = match (kind, own_settings(kind)) {
+        ("", _) => return Err(NetworkError::new("kind", "none is named", KINDS)),
+        (_, Some(own)) => own,
+        (other, None) => return Err(NetworkError::new("kind", format!("`{other}` is not known"), KINDS)),
     };
     let (mut listen, mut connect) = (None, None);
     let mut seen = Vec::new();

@@ -148,28 +148,10 @@ impl VirtioDevice {
         let (mut instance, description) =
             describe(&*maker, &settings, services).map_err(|(refusal, _)| refused(refusal))?;
         check(name, &description)?;
-        let missing = |what, wanted: &String, given: Vec<&String>| AttachError::Missing {
-            device: device(),
-            what,
-            name: wanted.clone(),
-            given: if given.is_empty() {
-                "none".into()
-            } else {
-                given.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
-            },
-        };
-        let stores = choose(&description.stores, &parts.stores).map_err(|wanted| {
-            missing("store", wanted, parts.stores.iter().map(|(name, _)| name).collect())
-        })?;
-        let ports = choose(&description.ports, &parts.ports).map_err(|wanted| {
-            missing("network port", wanted, parts.ports.iter().map(|(name, _)| name).collect())
-        })?;
-        let sockets = choose(&description.sockets, &parts.sockets).map_err(|wanted| {
-            missing("socket", wanted, parts.sockets.iter().map(|(name, _)| name).collect())
-        })?;
-        let folders = choose(&description.folders, &parts.folders).map_err(|wanted| {
-            missing("folder", wanted, parts.folders.iter().map(|(name, _)| name).collect())
-        })?;
+        let stores = choose(name, "store", &description.stores, &parts.stores)?;
+        let ports = choose(name, "network port", &description.ports, &parts.ports)?;
+        let sockets = choose(name, "socket", &description.sockets, &parts.sockets)?;
+        let folders = choose(name, "folder", &description.folders, &parts.folders)?;
         let folders = folders
             .iter()
             .map(tenon_folder::Folder::new)
@@ -345,11 +327,32 @@ impl VirtioDevice {
 }
 
 /// Those of the given that are wanted, in the order of the wish.
-fn choose<'w, T: Clone>(wanted: &'w [String], given: &[(String, T)]) -> Result<Vec<T>, &'w String> {
-    wanted
-        .iter()
-        .map(|name| given.iter().find(|(there, _)| there == name).map(|(_, thing)| thing.clone()).ok_or(name))
-        .collect()
+/// What a device asks for, of what it is given; it must ask for all of that.
+fn choose<T: Clone>(
+    device: &str,
+    what: &'static str,
+    wanted: &[String],
+    given: &[(String, T)],
+) -> Result<Vec<T>, AttachError> {
+    let find = |wanted: &String| {
+        let found = given.iter().find(|(name, _)| name == wanted).map(|(_, thing)| thing.clone());
+        found.ok_or_else(|| AttachError::Missing {
+            device: device.to_owned(),
+            what,
+            name: wanted.clone(),
+            given: list(given.iter().map(|(name, _)| name)),
+        })
+    };
+    let chosen = wanted.iter().map(find).collect::<Result<_, _>>()?;
+    let Some((name, _)) = given.iter().find(|(name, _)| !wanted.contains(name)) else { return Ok(chosen) };
+    let (device, name) = (device.to_owned(), name.clone());
+    Err(AttachError::Unused { device, what, name, asked: list(wanted.iter()) })
+}
+
+/// Names, or the word for none.
+fn list<'n>(names: impl Iterator<Item = &'n String>) -> String {
+    let names: Vec<String> = names.map(|name| format!("`{name}`")).collect();
+    if names.is_empty() { "none".into() } else { names.join(", ") }
 }
 
 fn check(device: &str, description: &VirtioDescription) -> Result<(), AttachError> {

@@ -718,6 +718,13 @@ fn a_store_that_changes_is_told_and_one_that_is_missing_is_named() {
         .err()
         .unwrap();
     assert_eq!(error.to_string(), "device `disk1` needs a store named `disk`; it was given `tape`");
+    let disk = ("disk".to_owned(), bench.store.clone());
+    let parts = VirtioParts { stores: vec![disk, parts.stores[0].clone()], ..parts };
+    let error = VirtioDevice::attach(Box::new(Disks(Arc::default())), None, "disk1", Vec::new(), &parts)
+        .err()
+        .unwrap();
+    let expected = "device `disk1` has no use for a store named `tape`; it asks for `disk`";
+    assert_eq!(error.to_string(), expected);
 }
 
 #[test]
