@@ -115,7 +115,7 @@ fn a_copy_that_does_not_fit_changes_nothing() {
     fs::write(place.path("small.img"), vec![b's'; MIB]).expect("a disk");
     let (from, small) = (place.disk("file", "from.img"), place.disk("file", "small.img"));
     refused(&["disk", "convert", &from, &small], 2, &["small.img", "--overwrite"]);
-    refused(&["disk", "convert", &from, &small, "--overwrite"], 1, &["small.img", "--size"]);
+    refused(&["disk", "convert", &from, &small, "--overwrite"], 1, &["small.img", "disk resize"]);
     assert!(fs::read(place.path("small.img")).expect("the disk") == vec![b's'; MIB]);
     let new = place.disk("qcow2", "new.qcow2");
     refused(&["disk", "convert", &from, &new, "--size", "1M"], 1, &["new.qcow2", "--size"]);
@@ -135,7 +135,7 @@ fn a_disk_is_made_once_and_grows() {
         assert!((7 << 20..=8 << 20).contains(&size), "{stores}: {size}");
         place.does(&["disk", "resize", &disk, "16M"]);
         assert!(info(&disk)["size"].as_u64().expect("a size") >= 15 << 20, "{stores}");
-        refused(&["disk", "resize", &disk, "8M"], 2, &["lose", "convert"]);
+        refused(&["disk", "resize", &disk, "8M"], 2, &["lose", "only growing"]);
         fs::remove_file(place.path("disk")).expect("the disk");
     }
     let image = place.disk("qcow2", "stands");
@@ -185,6 +185,42 @@ fn a_copy_that_is_interrupted_leaves_nothing() {
     let status = child.wait().expect("a child");
     assert_eq!(status.signal(), Some(15), "{status}");
     assert!(!place.path("to.img").exists(), "a half is left behind");
+}
+
+#[test]
+fn a_small_disk_is_copied_behind_a_cipher() {
+    let place = Place::new();
+    fs::write(place.path("small.img"), [7; 1536]).expect("a disk");
+    let (small, secret) = (place.disk("file", "small.img"), place.disk("crypt:file", "secret.img"));
+    place.does(&["disk", "convert", &small, &secret]);
+    assert_eq!(info(&secret)["size"], 1536);
+    place.does(&["disk", "convert", &secret, &place.disk("file", "back.img")]);
+    assert_eq!(fs::read(place.path("back.img")).expect("the copy"), [7; 1536]);
+    refused(&["disk", "create", &place.disk("file", "none.img"), "--size", "0"], 2, &["--size"]);
+}
+
+#[test]
+fn every_image_that_a_disk_is_made_of_is_checked() {
+    let place = Place::new();
+    let (from, base) = (place.disk("file", "from.img"), place.disk("qcow2", "base.qcow2"));
+    place.does(&["disk", "convert", &from, &base]);
+    let child = place.disk("qcow2", "child.qcow2");
+    place.does(&["disk", "create", &child, "--backing", &place.path("base.qcow2").display().to_string()]);
+    let on_base = format!("{child},backing={}", place.path("base.qcow2").display());
+    let over = format!("overlay:{from},top={}", place.disk("qcow2", "top.qcow2"));
+    place.does(&["disk", "create", &over]);
+    for disk in [&on_base, &over] {
+        place.does(&["disk", "check", disk]);
+    }
+    // The cluster of the L1 table is used by an entry of its own.
+    for (name, disk) in [("base.qcow2", &on_base), ("top.qcow2", &over)] {
+        let mut bytes = fs::read(place.path(name)).expect("an image");
+        let table = u64::from_be_bytes(bytes[40..48].try_into().expect("eight bytes"));
+        let entry = usize::try_from(table).expect("an offset");
+        bytes[entry..entry + 8].copy_from_slice(&(table | 1 << 63).to_be_bytes());
+        fs::write(place.path(name), bytes).expect("an image");
+        refused(&["disk", "check", disk], 1, &[name]);
+    }
 }
 
 #[test]

@@ -217,6 +217,9 @@ fn plugins_that_are_part_of_the_program_are_listed_inspected_and_tried() {
     }
     succeeds(Path::new("/"), &["test", "null", "--set", "size=10M", "--keeps", "never"]);
     succeeds(Path::new("/"), &["test", "overlay", "--keeps", "open"]);
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    std::fs::write(folder.path().join("key"), "0123456789abcdef".repeat(8)).expect("a key");
+    succeeds(folder.path(), &["test", "crypt", "--set", "format=yes", "--set", "key-file=key"]);
     let text = succeeds(Path::new("/"), &["test", "memory"]);
     assert!(text.contains("part of this program") && text.ends_with("memory: passed\n"), "{text}");
 }

@@ -138,6 +138,36 @@ fn disks_and_cards_take_settings_and_other_plugins() {
 }
 
 #[test]
+fn an_overlay_takes_more_than_fits_into_its_memory() {
+    let (_folder, base) = disk(&[]);
+    fs::File::options().write(true).open(&base).and_then(|file| file.set_len(256 << 20)).expect("a disk");
+    let outcome = Tenon::virtio_debian()
+        .arg("--disk")
+        .arg(format!("overlay:file:{}", base.display()))
+        .typing(PROMPT, "yes | head -c 160M > /dev/vda; sync; echo 3 > /proc/sys/vm/drop_caches\n")
+        .typing(
+            PROMPT,
+            "yes | head -c 160M > /tmp/a; head -c 160M /dev/vda | cmp - /tmp/a && echo same $((40 + 2))\n",
+        )
+        .typing(PROMPT, "poweroff -f\n")
+        .outcome();
+    powered_off(&outcome);
+    assert!(outcome.stdout.contains("\nsame 42\n"), "{}", outcome.all());
+    assert!(fs::read(&base).expect("the base").iter().all(|byte| *byte == 0), "the base was written to");
+}
+
+#[test]
+fn linux_knows_how_large_its_console_is() {
+    let outcome = Tenon::virtio_debian()
+        .args(["--device", "virtio-console,size=100x30"])
+        .typing(PROMPT, "stty size < /dev/hvc0\n")
+        .typing(PROMPT, "poweroff -f\n")
+        .outcome();
+    powered_off(&outcome);
+    assert!(outcome.stdout.contains("\n30 100\n"), "{}", outcome.all());
+}
+
+#[test]
 fn a_read_only_disk_stays_as_it_is() {
     let content = noise(2, MIB);
     let (_folder, disk) = disk(&content);

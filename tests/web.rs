@@ -1,6 +1,7 @@
 //! Images on a web server of others: Debian's nginx, in plain and by TLS.
 
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -90,6 +91,11 @@ fn an_image_is_copied_in_plain_and_by_tls_from_whom_the_host_believes() {
         assert!(copied == image, "{address}: other bytes came");
     }
 
+    // As a vendor tries a store that has a server.
+    let tried =
+        outcome(&mut tenon(&["plugin", "test", "http", "--set", &format!("url={}/image", nginx.plain)]));
+    assert_eq!(tried.0, 0, "{}", tried.2);
+
     // Another certificate, though for the same name.
     let other = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("a certificate");
     fs::write(nginx.file("other"), other.cert.pem()).expect("a file");
@@ -130,4 +136,44 @@ fn linux_works_on_an_overlay_over_an_image_behind_tls() {
         "{}",
         outcome.all()
     );
+}
+
+/// Gives the first MiB of a disk of 16 MiB, and of what lies behind it nothing, though it keeps the connection.
+fn half_dead(listener: &TcpListener) {
+    let (stream, _) = listener.accept().expect("a connection");
+    let mut lines = BufReader::new(stream.try_clone().expect("the same connection")).lines();
+    while let Some(Ok(line)) = lines.next() {
+        let Some(range) = line.strip_prefix("Range: bytes=") else { continue };
+        let (first, last) = range.split_once('-').expect("a range");
+        let (first, last): (usize, usize) =
+            (first.parse().expect("a number"), last.parse().expect("a number"));
+        if first < 1 << 20 {
+            let head = format!(
+                "HTTP/1.1 206 Partial Content\r\nETag: \"a\"\r\nContent-Length: {}\r\nContent-Range: bytes {first}-{last}/{}\r\n\r\n",
+                last - first + 1,
+                16 << 20
+            );
+            let mut answer = head.into_bytes();
+            answer.resize(answer.len() + last - first + 1, 0);
+            (&stream).write_all(&answer).expect("somebody reads");
+        }
+    }
+}
+
+#[test]
+fn a_machine_ends_though_a_server_does_not_answer() {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = listener.local_addr().expect("an address");
+    let server = std::thread::spawn(move || half_dead(&listener));
+    let outcome = Tenon::virtio_debian()
+        .args(["--disk", &format!("http:http://{address}/image")])
+        .typing(
+            PROMPT,
+            "dd if=/dev/vda of=/dev/null bs=1M skip=8 count=1 & sleep 1; echo waits $((40 + 2))\n",
+        )
+        .until("waits 42", 1)
+        .within(25)
+        .outcome();
+    assert_eq!(outcome.status, 128 + 15, "{}", outcome.all());
+    server.join().expect("the connection has ended");
 }

@@ -319,7 +319,7 @@ pub(crate) enum PluginCommand {
         /// A plugin's crate, folder or `.tenon` archive, or the id of one that is found
         #[arg(default_value = ".", value_hint = ValueHint::AnyPath)]
         plugin: String,
-        /// A setting of the plugin
+        /// A setting of the plugin; `KEY-file=FILE` takes it from a file. A store may reach the host in its `url`
         #[arg(long = "set", value_name = "KEY=VALUE", value_parser = key_and_value)]
         settings: Vec<(String, String)>,
         /// Try the native library instead of the component. It is trusted with the whole process

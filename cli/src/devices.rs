@@ -224,6 +224,13 @@ impl Attached {
         Some(AcpiNode { hid: acpi.hid.clone(), uid: acpi.uid, resources: regions.chain(lines).collect() })
     }
 
+    /// Lets nobody wait for other hosts: the machine ends.
+    pub(crate) fn cut(&self) {
+        if let Model::Virtio { device, .. } = &self.model {
+            device.cut_stores();
+        }
+    }
+
     pub(crate) fn lifecycle(&self) -> Arc<dyn Lifecycle> {
         match &self.model {
             Model::Registers(device) => device.clone(),

@@ -15,14 +15,14 @@ use tenon_plugins::{Data, MAX_TRANSFER, OperationKind, Store};
 use tenon_store_qcow2 as qcow2;
 
 use crate::args::{DiskCommand, PluginUse, Size};
-use crate::disks::DiskSpec;
+use crate::disks::{DiskSpec, EMPTY_TOP};
 use crate::plugins::Shelf;
 use crate::run::FAILED;
 use crate::say::{self, tell};
 use crate::{Usage, plugin};
 
-/// How large a new top of an overlay is: it grows.
-const EMPTY_TOP: u64 = 1 << 20;
+/// How large a disk is at least while it is found out what its stores take of it.
+const ROOM: u64 = 4 << 20;
 /// How many transfers are under way while a disk is copied or read.
 const DEPTH: u64 = 8;
 
@@ -62,6 +62,7 @@ fn create(disk: &DiskSpec, size: Option<Size>, backing: Option<&Path>, shelf: &S
     }
     let wanted = size.map(|size| size.0).or(top.is_some().then_some(EMPTY_TOP));
     match (store.as_str(), wanted) {
+        (_, Some(0)) => bail!(Usage(anyhow!("--size: a disk has more than 0 bytes"))),
         ("file", Some(size)) => {
             if backing.is_some() {
                 bail!(Usage(anyhow!("--backing: a plain file stands on nothing; make a qcow2 image")));
@@ -167,11 +168,9 @@ fn resize(disk: &DiskSpec, size: Size, shelf: &Shelf) -> Result<()> {
     let store = disk.open(shelf, "disk")?.store;
     let before = store.info().size;
     if size.0 < before {
-        bail!(Usage(anyhow!(
-            "{disk} has {before} bytes and would lose its end; only growing is done here: copy it to a smaller disk with `tenon disk convert`"
-        )));
+        bail!(Usage(anyhow!("{disk} has {before} bytes and would lose its end; only growing is done here")));
     }
-    let after = store.resize(size.0).map_err(|error| anyhow!(error))?;
+    let after = store.resize(size.0).map_err(|error| anyhow!("{disk}: {error}"))?;
     close(&store)?;
     say::print(format!("{disk}: {} → {}", human(before), human(after.size)))
 }
@@ -188,22 +187,29 @@ fn convert(from: &DiskSpec, to: &DiskSpec, size: Option<Size>, overwrite: bool, 
         bail!(Usage(anyhow!("`{place}` exists already; --overwrite writes over it")));
     }
     let unfinished = if is_new { Some(Unfinished::new(&place)?) } else { None };
+    // What stands on another store may keep books of its own there, and how much they take is seen when it is made.
+    let first = match size {
+        Some(size) => size.0,
+        None if to.stands() => length.max(ROOM),
+        None => length,
+    };
     if is_new {
-        create(to, Some(Size(size.map_or(length, |size| size.0))), None, shelf)?;
+        create(to, Some(Size(first)), None, shelf)?;
     }
     let copied = to.open(shelf, "to").and_then(|disk| {
         let mut target = disk.store;
         let mut room = target.info().size;
-        if is_new && size.is_none() && room < length {
-            // A store on the way keeps books of its own.
+        if is_new && size.is_none() && to.stands() && room != length {
             drop(target);
             std::fs::remove_file(&place)?;
-            create(to, Some(Size(length + (length - room))), None, shelf)?;
+            create(to, Some(Size(length + first.saturating_sub(room))), None, shelf)?;
             target = to.open(shelf, "to")?.store;
             room = target.info().size;
         }
         if room < length {
-            bail!("{to} has {room} bytes, and {from} {length}; make it larger (--size)");
+            let remedy =
+                if is_new { "give it a larger --size" } else { "make it larger with `tenon disk resize`" };
+            bail!("there is room for {room} bytes, and {length} are copied; {remedy}");
         }
         each_part(&source, "copying", |parts| write_parts(&target, parts))?;
         close(&target)
@@ -211,7 +217,7 @@ fn convert(from: &DiskSpec, to: &DiskSpec, size: Option<Size>, overwrite: bool, 
     if copied.is_err() && is_new {
         std::fs::remove_file(&place).ok();
     }
-    copied?;
+    copied.with_context(|| format!("{from} → {to}"))?;
     drop(unfinished);
     say::print(format!("{from} → {to}: {}", human(length)))
 }
@@ -314,36 +320,38 @@ struct Checked {
     good: bool,
     /// Bytes that were read; none where the books are wrong.
     read: u64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    books: Option<Books>,
+    /// Of each image.
+    books: Vec<Books>,
 }
 
 /// What an image's own books say.
 #[derive(Serialize)]
 struct Books {
+    image: String,
     data_clusters: u64,
     errors: u64,
     lost_clusters: u64,
     told: Vec<String>,
 }
 
-/// Checks the image's own books where there are any, and reads everything.
+/// Checks the books of all images that the disk is made of, and reads everything.
 fn check(disk: &DiskSpec, json: bool, shelf: &Shelf) -> Result<ExitCode> {
-    let (lowest, place) = disk.lowest(shelf)?;
-    let mut found = Checked { disk: disk.to_string(), good: true, read: 0, books: None };
-    if lowest == "qcow2" {
-        let report = qcow2::check(Path::new(&place)).with_context(|| format!("`{place}`"))?;
+    let mut found = Checked { disk: disk.to_string(), good: true, read: 0, books: Vec::new() };
+    for image in disk.images(shelf)? {
+        let path = Path::new(&image);
+        let report = qcow2::check(path).with_context(|| format!("`{image}`"))?;
         for fault in &report.told {
-            tell!("tenon: {place}: {fault}");
+            tell!("tenon: {image}: {fault}");
         }
-        found.good = report.errors == 0;
+        found.good &= report.errors == 0;
         if !json {
             say::print(format!(
-                "{place}: {} clusters with data, {} errors, {} lost clusters",
+                "{image}: {} clusters with data, {} errors, {} lost clusters",
                 report.data_clusters, report.errors, report.leaks
             ))?;
         }
-        found.books = Some(Books {
+        found.books.push(Books {
+            image,
             data_clusters: report.data_clusters,
             errors: report.errors,
             lost_clusters: report.leaks,

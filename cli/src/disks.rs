@@ -7,7 +7,8 @@
 //! `ro` makes the disk and every store read-only; a comma in a value is written twice.
 
 use std::fmt;
-use std::path::Path;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -30,10 +31,18 @@ const READ_ONLY_DISK: &str = "read-only";
 const DISCARD_DISK: &str = "discard";
 /// The setting by which a guest finds a disk, under the name that it has here and under the disk's own.
 const ID: (&str, &str) = ("id", "serial");
+/// The store of plain files.
+const FILE: &str = "file";
+/// The store of images that have books.
+const QCOW2: &str = "qcow2";
 /// The store that writes nothing to the one it stands on.
 const OVERLAY: &str = "overlay";
 /// `top=STORE:PLACE` is the second store that a store stands on: where an overlay keeps what is changed.
 const TOP: &str = "top";
+/// How large a new store for what is changed is: it grows.
+pub(crate) const EMPTY_TOP: u64 = 1 << 20;
+/// The setting that keeps what is changed in memory.
+const IN_MEMORY: &str = "limit";
 /// The setting by which a store is made on a blank one.
 const FORMAT: &str = "format";
 /// `KEY-file=PATH` gives a store's setting `KEY` the content of a file.
@@ -124,6 +133,11 @@ impl Layer {
         self.plugin.manifest().config.contains_key(key)
     }
 
+    /// Whether it was given a setting.
+    fn says(&self, key: &str) -> bool {
+        self.settings.iter().any(|(said, _)| said == key)
+    }
+
     fn stands_on_another(&self) -> bool {
         self.plugin.manifest().permissions.contains(LOWER)
     }
@@ -153,11 +167,17 @@ impl DiskSpec {
     pub(crate) fn open(&self, shelf: &Shelf, name: &str) -> Result<Disk> {
         let (mut layers, mut device) = self.layers(shelf)?;
         let mut lower: Vec<Arc<Store>> = Vec::new();
-        while let Some(layer) = layers.pop() {
+        while let Some(mut layer) = layers.pop() {
             let store_name = format!("{name}.{}", layer.id());
-            let grants = granted(&layer);
+            let top_name = format!("{store_name}.{TOP}");
+            let grants = granted(&layer.settings);
             if let Some(top) = &layer.top {
-                lower.push(top.open(shelf, &format!("{store_name}.{TOP}"))?.store);
+                lower.push(top.open(shelf, &top_name)?.store);
+            } else if layer.id() == OVERLAY && !self.read_only && !layer.says(IN_MEMORY) {
+                lower.push(scratch(shelf, &top_name)?);
+                if !layer.says(FORMAT) {
+                    layer.settings.push((FORMAT.into(), "yes".into()));
+                }
             }
             lower = vec![layer.plugin.open_store(&store_name, &layer.settings, lower, &grants)?];
         }
@@ -193,6 +213,35 @@ impl DiskSpec {
         Ok(self.layers(shelf)?.0.into_iter().find_map(|layer| layer.top))
     }
 
+    /// The qcow2 images of it, also those that keep what is changed, and backing files.
+    pub(crate) fn images(&self, shelf: &Shelf) -> Result<Vec<String>> {
+        let mut images = Vec::new();
+        for layer in self.layers(shelf)?.0 {
+            if let Some(top) = &layer.top {
+                images.extend(top.images(shelf)?);
+            }
+            if layer.id() == QCOW2 {
+                for (key, value) in &layer.settings {
+                    match key.as_str() {
+                        "path" => images.push(value.clone()),
+                        "backing" => {
+                            // What a backing file is, the file alone says.
+                            let is_image = |path: &&str| tenon_store_qcow2::info(Path::new(path)).is_ok();
+                            images.extend(value.split(':').filter(is_image).map(str::to_owned));
+                        }
+                        _ => {}
+                    }
+                }
+            }
+        }
+        Ok(images)
+    }
+
+    /// Whether its stores stand on one another, and not one above a base.
+    pub(crate) fn stands(&self) -> bool {
+        self.stores().count() > 2 && !self.stores().any(|store| store == OVERLAY)
+    }
+
     /// Why nothing that is written is kept, if it is not.
     pub(crate) fn forgets(&self, shelf: &Shelf) -> Result<Option<String>> {
         let (layers, _) = self.layers(shelf)?;
@@ -200,7 +249,7 @@ impl DiskSpec {
             return match &layer.top {
                 Some(top) => top.forgets(shelf),
                 None => Ok(Some(
-                    "changes to the overlay stay in memory; `top=STORE:PLACE` names where they are kept"
+                    "changes to the overlay are gone when it is closed; `top=STORE:PLACE` names where they are kept"
                         .into(),
                 )),
             };
@@ -274,7 +323,7 @@ impl DiskSpec {
                 .split_once('.')
                 .and_then(|(id, key)| layers.iter().position(|layer| layer.id() == id).map(|at| (at, key)));
             let has = |layer: &Layer, key: &str| {
-                layer.has(key) || from_file(layer, key).is_some() || layer.is_top(key)
+                layer.has(key) || from_file(&layer.plugin, key).is_some() || layer.is_top(key)
             };
             let owner = named
                 .or_else(|| layers.iter().position(|layer| has(layer, key)).map(|at| (at, key.as_str())));
@@ -293,7 +342,7 @@ impl DiskSpec {
                 layer.top = Some(top);
                 continue;
             }
-            let setting = match from_file(layer, key) {
+            let setting = match from_file(&layer.plugin, key) {
                 Some(own) => {
                     let text = content(value).with_context(|| format!("--disk {}: {key}", self.chain))?;
                     (own.to_owned(), text)
@@ -305,10 +354,7 @@ impl DiskSpec {
         // Nothing is written under an overlay, so that many machines may share it.
         let mut read_only = self.read_only;
         for layer in &mut layers {
-            if read_only
-                && layer.has(READ_ONLY_STORE)
-                && !layer.settings.iter().any(|(key, _)| key == READ_ONLY_STORE)
-            {
+            if read_only && layer.has(READ_ONLY_STORE) && !layer.says(READ_ONLY_STORE) {
                 layer.settings.push((READ_ONLY_STORE.into(), "yes".into()));
             }
             read_only |= layer.id() == OVERLAY;
@@ -318,6 +364,21 @@ impl DiskSpec {
         }
         Ok((layers, device))
     }
+}
+
+/// A file without a name, for what is changed until the machine ends.
+fn scratch(shelf: &Shelf, name: &str) -> Result<Arc<Store>> {
+    let folder = std::env::var_os("TMPDIR").filter(|folder| !folder.is_empty());
+    let folder = folder.map_or_else(|| "/var/tmp".into(), PathBuf::from);
+    let file = tempfile::tempfile_in(&folder).and_then(|file| file.set_len(EMPTY_TOP).map(|()| file));
+    let file = file.with_context(|| {
+        format!(
+            "no file for what is changed can be made in `{}`; TMPDIR names another folder, `{TOP}=STORE:PLACE` another place",
+            folder.display()
+        )
+    })?;
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    Ok(shelf.load(FILE)?.open_store(name, &[("path".into(), path)], Vec::new(), &StoreGrants::none())?)
 }
 
 /// That nothing on the way has the setting `key`, and which there are.
@@ -343,8 +404,18 @@ pub(crate) fn taken<'k>(who: &str, keys: impl Iterator<Item = &'k str>) -> Strin
 }
 
 /// The setting that `key` gives the content of a file, if it is one of those.
-fn from_file<'k>(layer: &Layer, key: &'k str) -> Option<&'k str> {
-    key.strip_suffix(FROM_FILE).filter(|own| !layer.has(key) && layer.has(own))
+fn from_file<'k>(plugin: &Plugin, key: &'k str) -> Option<&'k str> {
+    let has = |key: &str| plugin.manifest().config.contains_key(key);
+    key.strip_suffix(FROM_FILE).filter(|own| !has(key) && has(own))
+}
+
+/// A plugin's settings, with the content of files where they name some.
+pub(crate) fn with_files(plugin: &Plugin, settings: &[(String, String)]) -> Result<Vec<(String, String)>> {
+    let setting = |(key, value): &(String, String)| match from_file(plugin, key) {
+        Some(own) => Ok((own.to_owned(), content(value)?)),
+        None => Ok((key.clone(), value.clone())),
+    };
+    settings.iter().map(setting).collect()
 }
 
 /// A file's text, or in hexadecimal what is no text.
@@ -363,8 +434,8 @@ fn hexadecimal(bytes: &[u8]) -> String {
 }
 
 /// What a store may reach: the host in its `url`, since the administrator wrote it.
-fn granted(layer: &Layer) -> StoreGrants {
-    let url = layer.settings.iter().find(|(key, _)| key == "url").map(|(_, url)| url.as_str());
+pub(crate) fn granted(settings: &[(String, String)]) -> StoreGrants {
+    let url = settings.iter().find(|(key, _)| key == "url").map(|(_, url)| url.as_str());
     url.and_then(host_and_port)
         .map_or_else(StoreGrants::none, |(host, port)| StoreGrants::none().allow_host(host, port))
 }

@@ -30,7 +30,7 @@ impl FromStr for NetworkSpec {
         for word in text.split(',') {
             match word.split_once('=') {
                 Some((DEVICE, plugin)) if !plugin.is_empty() => card.plugin = plugin.into(),
-                Some((key, value)) if !words.is_empty() && !tenon_net::is_setting(key) => {
+                Some((key, value)) if !words.is_empty() && key != DEVICE && !tenon_net::is_setting(key) => {
                     card.settings.push((key.into(), value.into()));
                 }
                 _ => words.push(word),

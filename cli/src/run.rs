@@ -210,6 +210,7 @@ pub(crate) fn run(args: &RunArgs, process_start: Instant) -> Result<ExitCode> {
         ram.clear()?;
         Ok(machine.set_vcpu(0, &guest.load()?.vcpu)?)
     })?;
+    devices.iter().for_each(Attached::cut);
     machine.pause();
     let (run_time, cpu) = (running.elapsed(), cpu_ms() - cpu_before);
     channel.iter().for_each(devices::drain);

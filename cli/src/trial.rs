@@ -12,6 +12,7 @@ use tenon_testkit::Random;
 
 use crate::Usage;
 use crate::args::KeepsChoice;
+use crate::disks::with_files;
 use crate::plugins::Shelf;
 
 /// How many random accesses a device is given in each round.
@@ -43,12 +44,13 @@ pub(crate) fn run(
     keeps: Option<KeepsChoice>,
     shelf: &Shelf,
 ) -> Result<Vec<String>> {
-    plugin.manifest().settings(settings).map_err(|error| Usage(anyhow!("--set: {error}")))?;
+    let settings = with_files(plugin, settings)?;
+    plugin.manifest().settings(&settings).map_err(|error| Usage(anyhow!("--set: {error}")))?;
     if keeps.is_some() && plugin.manifest().kind != Kind::Store {
         bail!(Usage(anyhow!("--keeps: `{}` is no store", plugin.manifest().id)));
     }
     let (memory, medium) = (shelf.load("memory")?, crate::trial_medium::plugin(shelf.host())?);
-    let (plugin, settings) = (plugin.clone(), settings.to_vec());
+    let plugin = plugin.clone();
     let (sender, receiver) = crossbeam_channel::bounded(1);
     // On a thread of its own, which is left behind when it does not come back.
     std::thread::Builder::new()

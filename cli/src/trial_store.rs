@@ -10,7 +10,7 @@ use tenon_testkit::{StoreChecks, StoreSubject, suite};
 use tenon_sdk::store::Operation;
 
 use crate::args::KeepsChoice;
-use crate::disks::LOWER;
+use crate::disks::{LOWER, granted};
 use crate::trial::Settings;
 
 /// How large the store is on which it stands.
@@ -53,7 +53,8 @@ pub(crate) fn run(
 
 impl Subject {
     fn open(&mut self) -> Result<(), String> {
-        let store = self.plugin.open_store("trial", &self.settings, self.lower.clone(), &StoreGrants::none());
+        let grants = granted(&self.settings);
+        let store = self.plugin.open_store("trial", &self.settings, self.lower.clone(), &grants);
         self.store = Some(store.map_err(|error| error.to_string())?);
         Ok(())
     }

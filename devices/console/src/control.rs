@@ -92,11 +92,11 @@ pub(crate) fn message(port: u32, say: Say, name: &str, size: (u16, u16)) -> Vec<
     message.extend(event.to_le_bytes());
     message.extend(value.to_le_bytes());
     match say {
-        // The specification has columns first. Linux has read rows first since before there was one, and so does every device write them.
+        // As the specification says. Linux before 6.15 and its stable branches of that time reads rows first.
         Say::Resize => {
             let (columns, rows) = size;
-            message.extend(rows.to_le_bytes());
             message.extend(columns.to_le_bytes());
+            message.extend(rows.to_le_bytes());
         }
         Say::Name => message.extend(name.bytes()),
         _ => {}

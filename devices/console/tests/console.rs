@@ -194,7 +194,7 @@ fn ports_are_introduced_one_by_one() {
     assert_eq!(terminal.heard(), [(1, PORT_NAME, 1, b"agent".to_vec()), (1, PORT_OPEN, 1, vec![])]);
     terminal.say(0, PORT_READY, 1);
     // Rows before columns: see `control.rs`.
-    let size = vec![25, 0, 80, 0];
+    let size = vec![80, 0, 25, 0];
     assert_eq!(
         terminal.heard(),
         [(0, CONSOLE_PORT, 1, vec![]), (0, RESIZE, 0, size), (0, PORT_OPEN, 1, vec![])]
@@ -262,7 +262,7 @@ fn a_resize_is_told_in_the_way_that_the_driver_knows() {
     assert!(terminal.bench.adjust("ports", "x").is_err());
     let mut terminal = Terminal::opened();
     terminal.bench.adjust("size", "100x50").unwrap();
-    assert_eq!(terminal.heard(), [(0, RESIZE, 0, vec![50, 0, 100, 0])]);
+    assert_eq!(terminal.heard(), [(0, RESIZE, 0, vec![100, 0, 50, 0])]);
     terminal.bench.reset();
     assert_eq!(terminal.bench.config_read(0, 4), 50 << 16 | 100, "settings stay as adjusted");
 }

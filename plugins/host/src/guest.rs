@@ -21,7 +21,7 @@ use crate::bindings::personality::{PersonalityPluginPre, exports};
 use crate::fault::{Fault, TooManyHostCalls};
 use crate::host::{Allowance, Host, Limiter};
 use crate::manifest::Limits;
-use crate::services::{LogLimit, emit};
+use crate::services::LogLimit;
 
 /// How often `load` may call the host.
 const HOST_CALLS: u32 = 1_000_000;
@@ -139,9 +139,7 @@ pub(crate) struct Loading {
 
 impl Loading {
     pub(crate) fn log(&mut self, level: abi::Level, message: &str) {
-        if self.log.admit().is_some() {
-            emit(&self.name, level, message);
-        }
+        self.log.write(&self.name, level, message);
     }
 
     pub(crate) fn image(&self, index: u32) -> Option<&Image> {

@@ -310,12 +310,7 @@ impl Services {
         if !self.once(Record::Log) {
             return;
         }
-        if let Some(lost) = self.log.admit() {
-            if lost > 0 {
-                tracing::warn!(target: "tenon::plugin", device = %self.name, "{lost} messages came too fast and were dropped");
-            }
-            emit(&self.name, level, message);
-        }
+        self.log.write(&self.name, level, message);
     }
 
     pub(crate) fn now(&mut self) -> u64 {
@@ -427,8 +422,19 @@ fn at<T>(list: &mut [T], index: u32) -> Option<&mut T> {
     list.get_mut(usize::try_from(index).unwrap_or(usize::MAX))
 }
 
+/// Whether messages of a level are shown at all.
+fn is_shown(level: Level) -> bool {
+    match level {
+        Level::Error => tracing::enabled!(target: "tenon::plugin", tracing::Level::ERROR),
+        Level::Warn => tracing::enabled!(target: "tenon::plugin", tracing::Level::WARN),
+        Level::Info => tracing::enabled!(target: "tenon::plugin", tracing::Level::INFO),
+        Level::Debug => tracing::enabled!(target: "tenon::plugin", tracing::Level::DEBUG),
+        Level::Trace => tracing::enabled!(target: "tenon::plugin", tracing::Level::TRACE),
+    }
+}
+
 /// Writes one message of a plugin to the host's log.
-pub(crate) fn emit(name: &str, level: Level, message: &str) {
+fn emit(name: &str, level: Level, message: &str) {
     let message = &message[..message.floor_char_boundary(MAX_MESSAGE)];
     match level {
         Level::Error => tracing::error!(target: "tenon::plugin", device = name, "{message}"),
@@ -439,7 +445,7 @@ pub(crate) fn emit(name: &str, level: Level, message: &str) {
     }
 }
 
-/// Lets `LOG_BURST` messages through at once and as many each second.
+/// The log of one plugin: `LOG_BURST` messages at once, and as many each second.
 pub(crate) struct LogLimit {
     since: Instant,
     admitted: u32,
@@ -451,8 +457,21 @@ impl LogLimit {
         Self { since: Instant::now(), admitted: 0, lost: 0 }
     }
 
+    /// Writes a message to the host's log, unless nobody would see it or too many came before.
+    pub(crate) fn write(&mut self, name: &str, level: Level, message: &str) {
+        if !is_shown(level) {
+            return;
+        }
+        if let Some(lost) = self.admit() {
+            if lost > 0 {
+                emit(name, Level::Warn, &format!("{lost} messages came too fast and were dropped"));
+            }
+            emit(name, level, message);
+        }
+    }
+
     /// Whether a message may be written, and if so how many were dropped before it.
-    pub(crate) fn admit(&mut self) -> Option<u64> {
+    fn admit(&mut self) -> Option<u64> {
         if self.admitted < LOG_BURST {
             self.admitted += 1;
             return Some(std::mem::take(&mut self.lost));

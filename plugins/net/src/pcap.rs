@@ -3,7 +3,7 @@
 //! The format is that of libpcap with times in nanoseconds. The header of virtio-net is left off, so a frame whose checksum is left to the receiver is seen with a wrong one,
 //! and a large segment whole. A thread of its own writes the file: a slow disk loses records, which are counted, and holds up no frame.
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 use std::sync::Arc;
@@ -37,12 +37,18 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Records what passes `port` in a new file at `path`, at most `snaplen` bytes of each frame.
+    /// Records what passes `port` in the file at `path`, which is made anew, at most `snaplen` bytes of each frame.
     ///
     /// # Errors
-    /// The file cannot be made or written, or the thread not started.
+    /// The file cannot be made or written, somebody records to it already, or the thread is not started.
     pub fn new(port: Arc<dyn NetworkPort>, path: &Path, snaplen: u32) -> io::Result<Arc<Self>> {
-        let mut file = BufWriter::with_capacity(1 << 17, File::create(path)?);
+        let file = File::options().write(true).create(true).truncate(false).open(path)?;
+        file.try_lock().map_err(|error| match error {
+            TryLockError::WouldBlock => io::Error::other("another network card is recorded there"),
+            TryLockError::Error(error) => error,
+        })?;
+        file.set_len(0)?;
+        let mut file = BufWriter::with_capacity(1 << 17, file);
         let mut head = Vec::with_capacity(24);
         head.extend_from_slice(&MAGIC.to_le_bytes());
         for version in [2_u16, 4] {

@@ -100,3 +100,16 @@ fn a_short_snaplen_keeps_the_beginning_of_each_frame_and_its_length() {
     assert!(records.iter().all(|record| record.bytes.len() == record.length.min(96)));
     assert!(records.iter().any(|record| record.length > 1514), "no large segment was recorded");
 }
+
+#[test]
+fn a_file_to_which_somebody_records_is_left_to_him() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("recording.pcap");
+    let spec = parse(&format!("user,pcap={}", path.display())).unwrap();
+    let first = open(&spec).unwrap();
+    let error = open(&spec).err().expect("it was opened").to_string();
+    assert!(error.contains("recording.pcap") && error.contains("recorded there"), "{error}");
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), 24, "the header is still there");
+    drop(first);
+    open(&spec).unwrap();
+}

@@ -684,7 +684,7 @@ impl import::time::Host for StoreState {
     }
 
     fn wait(&mut self, nanoseconds: u64) -> wasmtime::Result<()> {
-        self.outside(|_| services::wait(nanoseconds))
+        self.outside(|services| services::wait(nanoseconds, &services.cut))
     }
 }
 

@@ -4,11 +4,14 @@ use std::collections::BTreeSet;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ClientConnection, RootCertStore, Stream};
 use tenon_abi::ConnectionError;
+
+use super::services::LOOK;
 
 /// How long connecting may take, over all addresses of the name.
 const CONNECT: Duration = Duration::from_secs(10);
@@ -25,6 +28,8 @@ pub(super) struct Connections {
     list: Vec<Option<Connection>>,
     /// Whose certificates are believed: what the host believes, once it was asked for.
     trust: Option<Arc<ClientConfig>>,
+    /// Nothing is waited for any more.
+    cut: Arc<AtomicBool>,
 }
 
 struct Connection {
@@ -36,11 +41,12 @@ struct Connection {
 struct Timed {
     stream: TcpStream,
     until: Instant,
+    cut: Arc<AtomicBool>,
 }
 
 impl Connections {
-    pub(super) fn new(granted: BTreeSet<(String, u16)>) -> Self {
-        Self { granted, list: Vec::new(), trust: None }
+    pub(super) fn new(granted: BTreeSet<(String, u16)>, cut: Arc<AtomicBool>) -> Self {
+        Self { granted, list: Vec::new(), trust: None, cut }
     }
 
     /// Connects; the connection's number.
@@ -54,7 +60,7 @@ impl Connections {
         }
         // An IPv6 address is in brackets, as in an address of the web.
         let name = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
-        let mut stream = Timed::connect(name, port)?;
+        let mut stream = Timed::connect(name, port, self.cut.clone())?;
         let tls = if tls {
             let connection = self.handshake(name, &mut stream);
             Some(connection.map_err(|what| unreachable(format!("TLS with {host}:{port}: {what}")))?)
@@ -132,17 +138,20 @@ impl Connections {
 
 impl Timed {
     /// Connects to the first address of the name that answers.
-    fn connect(name: &str, port: u16) -> Result<Self, ConnectionError> {
+    fn connect(name: &str, port: u16, cut: Arc<AtomicBool>) -> Result<Self, ConnectionError> {
         let until = Instant::now() + CONNECT;
         let unreachable = |error: &dyn std::fmt::Display| ConnectionError::Unreachable(error.to_string());
         let addresses = (name, port).to_socket_addrs().map_err(|error| unreachable(&error))?;
         let mut last = unreachable(&format!("`{name}` has no address"));
         for address in addresses.take(4) {
-            let Ok(left) = left(until) else { break };
+            let Some(left) = left(until) else { break };
+            if cut.load(Relaxed) {
+                return Err(ConnectionError::Closed);
+            }
             match TcpStream::connect_timeout(&address, left) {
                 Ok(stream) => {
                     stream.set_nodelay(true).map_err(|error| unreachable(&error))?;
-                    return Ok(Self { stream, until });
+                    return Ok(Self { stream, until, cut });
                 }
                 Err(error) if error.kind() == ErrorKind::TimedOut => last = ConnectionError::TimedOut,
                 Err(error) => last = unreachable(&format!("{address}: {error}")),
@@ -150,19 +159,41 @@ impl Timed {
         }
         Err(last)
     }
+
+    /// How long may be waited now, before it is looked whether to go on.
+    fn pause(&self) -> std::io::Result<Duration> {
+        if self.cut.load(Relaxed) {
+            return Err(ErrorKind::ConnectionAborted.into());
+        }
+        left(self.until).map(|left| left.min(LOOK)).ok_or_else(|| ErrorKind::TimedOut.into())
+    }
+}
+
+fn is_timeout(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
 }
 
 impl Read for Timed {
     fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
-        self.stream.set_read_timeout(Some(left(self.until)?))?;
-        self.stream.read(into)
+        loop {
+            self.stream.set_read_timeout(Some(self.pause()?))?;
+            match self.stream.read(into) {
+                Err(error) if is_timeout(&error) => {}
+                read => return read,
+            }
+        }
     }
 }
 
 impl Write for Timed {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.stream.set_write_timeout(Some(left(self.until)?))?;
-        self.stream.write(bytes)
+        loop {
+            self.stream.set_write_timeout(Some(self.pause()?))?;
+            match self.stream.write(bytes) {
+                Err(error) if is_timeout(&error) => {}
+                written => return written,
+            }
+        }
     }
 
     fn flush(&mut self) -> std::io::Result<()> {
@@ -171,13 +202,17 @@ impl Write for Timed {
 }
 
 /// The time that is left, more than none.
-fn left(until: Instant) -> std::io::Result<Duration> {
-    let left = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero());
-    left.ok_or_else(|| ErrorKind::TimedOut.into())
+fn left(until: Instant) -> Option<Duration> {
+    until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
 }
 
 /// What this host believes: the authorities of its operating system, or of `SSL_CERT_FILE` and `SSL_CERT_DIR`.
 fn host_trust() -> Result<Arc<ClientConfig>, String> {
+    if let Some(file) = std::env::var_os("SSL_CERT_FILE")
+        && let Err(error) = std::fs::File::open(&file)
+    {
+        return Err(format!("SSL_CERT_FILE is `{}`: {error}", file.display()));
+    }
     let found = rustls_native_certs::load_native_certs();
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(found.certs);
@@ -208,16 +243,13 @@ fn refusal(error: &std::io::Error) -> String {
         }
         Some(error) => error.to_string(),
         None if error.kind() == ErrorKind::UnexpectedEof => "the other side hung up".into(),
-        None if error.kind() == ErrorKind::WouldBlock => "no answer in time".into(),
+        None if is_timeout(error) => "no answer in time".into(),
         None => error.to_string(),
     }
 }
 
 fn failure(error: &std::io::Error) -> ConnectionError {
-    match error.kind() {
-        ErrorKind::WouldBlock | ErrorKind::TimedOut => ConnectionError::TimedOut,
-        _ => ConnectionError::Closed,
-    }
+    if is_timeout(error) { ConnectionError::TimedOut } else { ConnectionError::Closed }
 }
 
 #[cfg(test)]
@@ -230,7 +262,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let mut connections =
-            Connections::new([("localhost".into(), port), ("127.0.0.1".into(), port)].into());
+            Connections::new([("localhost".into(), port), ("127.0.0.1".into(), port)].into(), Arc::default());
         assert_eq!(
             connections.connect("localhost", port.wrapping_add(1), false),
             Err(ConnectionError::NotGranted)
@@ -254,7 +286,8 @@ mod tests {
     #[test]
     fn a_transfer_is_given_up_at_its_time_though_there_are_bytes() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut stream = Timed::connect("127.0.0.1", listener.local_addr().unwrap().port()).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let mut stream = Timed::connect("127.0.0.1", port, Arc::default()).unwrap();
         let (mut peer, _) = listener.accept().unwrap();
         peer.write_all(b"ab").unwrap();
         assert_eq!(stream.read(&mut [0]).unwrap(), 1);
@@ -264,12 +297,29 @@ mod tests {
     }
 
     #[test]
+    fn nobody_is_waited_for_once_connections_are_cut() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let cut = Arc::new(AtomicBool::new(false));
+        let mut connections = Connections::new([("127.0.0.1".into(), port)].into(), cut.clone());
+        let connection = connections.connect("127.0.0.1", port, false).unwrap();
+        let waiting = std::thread::spawn(move || {
+            let received = connections.receive(connection, 1);
+            (received, connections.connect("127.0.0.1", port, false))
+        });
+        // The peer takes the connection and says nothing.
+        let _peer = listener.accept().unwrap();
+        cut.store(true, Relaxed);
+        assert_eq!(waiting.join().unwrap(), (Err(ConnectionError::Closed), Err(ConnectionError::Closed)));
+    }
+
+    #[test]
     fn an_address_in_brackets_is_an_ipv6_address() {
         let Ok(listener) = TcpListener::bind("[::1]:0") else {
             return println!("not run: this host has no IPv6");
         };
         let port = listener.local_addr().unwrap().port();
-        let mut connections = Connections::new([("[::1]".into(), port)].into());
+        let mut connections = Connections::new([("[::1]".into(), port)].into(), Arc::default());
         connections.connect("[::1]", port, false).unwrap();
         assert_eq!(connections.connect("::1", port, false), Err(ConnectionError::NotGranted));
     }
@@ -309,7 +359,7 @@ mod tests {
     fn by_tls_bytes_pass_both_ways_when_the_certificate_is_believed_and_for_the_name() {
         let (port, roots, peer) = server(3);
         let granted = ["localhost", "127.0.0.1"].map(|host| (host.to_owned(), port));
-        let mut connections = Connections::new(granted.into());
+        let mut connections = Connections::new(granted.into(), Arc::default());
         connections.trust = Some(believe(roots).unwrap());
         let connection = connections.connect("LocalHost", port, true).unwrap();
         connections.send(connection, b"echo").unwrap();
@@ -343,7 +393,7 @@ mod tests {
             let (mut second, _) = listener.accept().unwrap();
             let _ = second.read(&mut [0; 1024]);
         });
-        let mut connections = Connections::new([("127.0.0.1".into(), port)].into());
+        let mut connections = Connections::new([("127.0.0.1".into(), port)].into(), Arc::default());
         connections.trust = Some(believe(RootCertStore::empty()).unwrap());
         for why in ["no TLS", "hung up"] {
             let refused = connections.connect("127.0.0.1", port, true);

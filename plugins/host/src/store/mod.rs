@@ -23,7 +23,7 @@ mod open;
 mod ranges;
 mod services;
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use tenon_abi::{StoreError, StoreInfo};
@@ -201,6 +201,8 @@ struct State {
 pub(crate) struct Shared {
     pub(crate) name: String,
     state: Mutex<State>,
+    /// Nothing outside the host is waited for any more.
+    pub(super) cut: Arc<AtomicBool>,
     /// Nothing is under way any more.
     idle: Condvar,
     pub(crate) counters: Counters,
@@ -222,6 +224,7 @@ impl Shared {
     pub(crate) fn new(name: &str) -> Arc<Self> {
         Arc::new(Self {
             name: name.to_owned(),
+            cut: Arc::default(),
             state: Mutex::new(State {
                 info: StoreInfo::new(0),
                 phase: Phase::Open,
@@ -404,13 +407,26 @@ impl State {
 pub struct Store {
     shared: Arc<Shared>,
     medium: Box<dyn Medium>,
+    /// Those that it stands on.
+    lowers: Vec<Arc<Store>>,
 }
 
 impl Store {
     /// A store on this medium, which has been opened.
-    pub(crate) fn on(shared: Arc<Shared>, info: StoreInfo, medium: Box<dyn Medium>) -> Arc<Self> {
+    pub(crate) fn on(
+        shared: Arc<Shared>,
+        info: StoreInfo,
+        medium: Box<dyn Medium>,
+        lowers: Vec<Arc<Self>>,
+    ) -> Arc<Self> {
         shared.lock().info = info;
-        Arc::new(Self { shared, medium })
+        Arc::new(Self { shared, medium, lowers })
+    }
+
+    /// Waits for other hosts no more, here and in the stores below: what is waited for fails. For the end of a machine.
+    pub fn cut(&self) {
+        self.shared.cut.store(true, Ordering::Relaxed);
+        self.lowers.iter().for_each(|store| store.cut());
     }
 
     /// Its name in this machine.

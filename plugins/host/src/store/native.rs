@@ -376,8 +376,10 @@ static STORE_HOST: StoreHost = StoreHost {
         now
     },
     time_wait: {
-        unsafe extern "C" fn wait(_: *mut c_void, nanoseconds: u64) {
-            services::wait(nanoseconds);
+        unsafe extern "C" fn wait(at: *mut c_void, nanoseconds: u64) {
+            // SAFETY: the plugin passes the context that it was given.
+            let cut = lock(&unsafe { context(at) }.services).cut.clone();
+            services::wait(nanoseconds, &cut);
         }
         wait
     },

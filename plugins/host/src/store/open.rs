@@ -96,10 +96,12 @@ impl Plugin {
         let no_store = || OpenError::NotAStore { plugin: self.manifest.id.clone(), kind };
         let shared = Shared::new(name);
         let (service_name, hosts) = (name.to_owned(), grants.hosts.clone());
+        let (lowers, cut) = (lower.clone(), shared.cut.clone());
         let services = move || StoreServices {
             name: service_name.clone(),
             lowers: lower.clone(),
-            connections: Connections::new(hosts.clone()),
+            connections: Connections::new(hosts.clone(), cut.clone()),
+            cut: cut.clone(),
             log: LogLimit::new(),
         };
         let opened: Result<(Box<dyn Medium>, _), OpenFailure> = match &self.code {
@@ -123,6 +125,6 @@ impl Plugin {
             OpenFailure::Fault(call, fault) => OpenError::Fault { store: store(), call, fault },
             OpenFailure::Thread(error) => OpenError::Thread { store: store(), error },
         })?;
-        Ok(Store::on(shared, info, medium))
+        Ok(Store::on(shared, info, medium, lowers))
     }
 }

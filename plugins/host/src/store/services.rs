@@ -1,5 +1,6 @@
 //! What a store's imports do, the same for a component and for native code.
 
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -7,10 +8,12 @@ use tenon_abi::{Level, StoreError, StoreInfo};
 
 use super::connections::Connections;
 use super::{Data, OperationKind, Store};
-use crate::services::{LogLimit, emit};
+use crate::services::LogLimit;
 
 /// The longest wait in one call.
 const MAX_WAIT: Duration = Duration::from_secs(10);
+/// How long nobody looks whether to go on waiting.
+pub(super) const LOOK: Duration = Duration::from_millis(100);
 /// The most random bytes in one call.
 const MAX_RANDOM: u32 = 64 << 10;
 
@@ -19,17 +22,14 @@ pub(crate) struct StoreServices {
     pub(super) name: String,
     pub(super) lowers: Vec<Arc<Store>>,
     pub(super) connections: Connections,
+    /// Nothing is waited for any more.
+    pub(super) cut: Arc<AtomicBool>,
     pub(super) log: LogLimit,
 }
 
 impl StoreServices {
     pub(super) fn log(&mut self, level: Level, message: &str) {
-        if let Some(lost) = self.log.admit() {
-            if lost > 0 {
-                emit(&self.name, Level::Warn, &format!("{lost} messages came too fast and were dropped"));
-            }
-            emit(&self.name, level, message);
-        }
+        self.log.write(&self.name, level, message);
     }
 
     fn lower(&self, lower: u32) -> Option<&Arc<Store>> {
@@ -67,8 +67,14 @@ pub(super) fn now() -> u64 {
     u64::try_from(START.get_or_init(Instant::now).elapsed().as_nanos()).unwrap_or(u64::MAX)
 }
 
-pub(super) fn wait(nanoseconds: u64) {
-    std::thread::sleep(Duration::from_nanos(nanoseconds).min(MAX_WAIT));
+/// Waits, unless it is `cut` short.
+pub(super) fn wait(nanoseconds: u64, cut: &AtomicBool) {
+    let mut left = Duration::from_nanos(nanoseconds).min(MAX_WAIT);
+    while !left.is_zero() && !cut.load(Relaxed) {
+        let part = left.min(LOOK);
+        std::thread::sleep(part);
+        left -= part;
+    }
 }
 
 /// Random bytes of the host.
@@ -100,8 +106,6 @@ impl SharedLog {
     }
 
     pub(super) fn log(&self, name: &str, level: Level, message: &str) {
-        if self.0.lock().unwrap_or_else(PoisonError::into_inner).admit().is_some() {
-            emit(name, level, message);
-        }
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).write(name, level, message);
     }
 }

@@ -50,7 +50,7 @@ const KIB: u64 = 1024;
 impl Bench {
     fn new(info: StoreInfo, in_pieces: bool) -> Self {
         let (gate, shared) = (Arc::new(Gate::default()), Shared::new("test"));
-        let store = Store::on(shared.clone(), info, Box::new(Gated(gate.clone(), in_pieces)));
+        let store = Store::on(shared.clone(), info, Box::new(Gated(gate.clone(), in_pieces)), Vec::new());
         Self { gate, shared, store, noted: Arc::default() }
     }
 

@@ -269,6 +269,11 @@ impl VirtioDevice {
         self.shared.counters.usage()
     }
 
+    /// Lets its stores wait for other hosts no more: see [`Store::cut`].
+    pub fn cut_stores(&self) {
+        self.shared.stores.iter().for_each(|store| store.cut());
+    }
+
     /// Why a call into it faulted last, if one did. Does not wait for the device.
     #[must_use]
     pub fn last_fault(&self) -> Option<String> {

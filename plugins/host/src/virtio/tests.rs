@@ -326,7 +326,7 @@ impl Bench {
         let ram = Ram::new(MIN_MEMORY).unwrap();
         let shared = crate::store::Shared::new("disk0");
         let gate = Arc::new(Gate { pieces: Mutex::default(), came: Condvar::new(), shared: shared.clone() });
-        let store = Store::on(shared, StoreInfo::new(1 << 30), Box::new(Gated(gate.clone())));
+        let store = Store::on(shared, StoreInfo::new(1 << 30), Box::new(Gated(gate.clone())), Vec::new());
         let script = Arc::new(script);
         let parts = VirtioParts {
             clock: Clock::virtual_time(),

@@ -52,7 +52,10 @@ impl Store for Crypt {
         };
         let setting = |name| config.text(name).map(|text| parse_key(name, text)).transpose();
         let Some(key) = setting("key")? else {
-            return Err(Config::missing("key", "64 bytes as 128 hexadecimal digits"));
+            return Err(Config::missing(
+                "key",
+                "64 bytes as 128 hexadecimal digits, or a file with them by `key-file=FILE`",
+            ));
         };
         let new_key = setting("new-key")?;
         let format = config.boolean("format")?.unwrap_or(false);

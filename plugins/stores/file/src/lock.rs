@@ -65,7 +65,7 @@ fn holder(file: &File) -> Option<String> {
             if fs::read_to_string(file.path()).is_ok_and(|text| holds(&text)) {
                 let program = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
                 return Some(if id == std::process::id() {
-                    "this virtual machine".to_owned()
+                    "this command itself".to_owned()
                 } else {
                     format!("process {id} ({})", program.trim_end())
                 });

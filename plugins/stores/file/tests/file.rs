@@ -244,7 +244,7 @@ fn a_writer_shares_a_file_with_nobody_and_readers_share_it() {
     let writer = open(&path, &[]).unwrap();
     for settings in [&[][..], &[("readonly", "yes")]] {
         let error = open(&path, settings).err().unwrap();
-        assert!(error.contains("disk.img") && error.contains("this virtual machine"), "{error}");
+        assert!(error.contains("disk.img") && error.contains("this command itself"), "{error}");
     }
     open(&path, &[("lock", "no")]).unwrap();
     writer.close().unwrap();

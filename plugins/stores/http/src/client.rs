@@ -1,6 +1,6 @@
 //! Fetches ranges of one image, over one connection that is kept.
 
-use tenon_sdk::store::{Connection, ConnectionError, connect, debug, wait, warn};
+use tenon_sdk::store::{Connection, ConnectionError, connect, debug, now, wait, warn};
 
 use crate::response::Head;
 use crate::url::Url;
@@ -8,6 +8,8 @@ use crate::url::Url;
 /// The first and the longest wait before a piece is asked for again.
 const FIRST_WAIT: u64 = 100_000_000;
 const LONGEST_WAIT: u64 = 5_000_000_000;
+/// How long one response may take: the server must send 18 KB a second.
+const ATTEMPT: u64 = 60_000_000_000;
 /// How much is received at once.
 const RECEIVE: u32 = 256 << 10;
 
@@ -48,13 +50,15 @@ pub(crate) struct Client {
     /// How often a range is asked for again.
     pub(crate) retries: u32,
     connection: Option<Connection>,
+    /// When the server is given up.
+    until: u64,
     /// What came after the last response.
     rest: Vec<u8>,
 }
 
 impl Client {
     pub(crate) fn new(url: Url, retries: u32) -> Self {
-        Self { url, retries, connection: None, rest: Vec::new() }
+        Self { url, retries, connection: None, until: 0, rest: Vec::new() }
     }
 
     /// Fetches `length` bytes at `first`, or as many as there are if the version is not known yet. Asks again as often as it may.
@@ -109,6 +113,7 @@ impl Client {
             request += &format!("If-Range: {validator}\r\n");
         }
         request += "\r\n";
+        self.until = now() + ATTEMPT;
         if self.connection.is_none() {
             self.connection = Some(connect(host, *port, *tls).map_err(|error| self.lost(&error))?);
         }
@@ -145,6 +150,9 @@ impl Client {
     }
 
     fn receive(&mut self) -> Result<(), Failure> {
+        if now() > self.until {
+            return Err(self.lost(&ConnectionError::TimedOut));
+        }
         let received = self.connection().and_then(|connection| connection.receive(RECEIVE));
         match received {
             Ok(bytes) if bytes.is_empty() => Err(self.lost(&ConnectionError::Closed)),
@@ -181,10 +189,15 @@ impl Client {
                 };
             }
             301 | 302 | 303 | 307 | 308 => {
-                let there = head.location.as_deref().unwrap_or("some other place");
-                return lasting(format!(
-                    "{place}: the server says that the image is at {there}: give that as `url`"
-                ));
+                let there = head.location.as_deref().and_then(|there| self.url.join(there));
+                return lasting(match there {
+                    Some(there) => {
+                        format!("{place}: the server says that the image is at {there}: give that as `url`")
+                    }
+                    None => format!(
+                        "{place}: the server says that the image is at some other place, and not at which"
+                    ),
+                });
             }
             408 | 429 | 500 | 502 | 503 | 504 => {
                 return Err(Failure::Passing(format!(

@@ -52,7 +52,9 @@ impl Store for Http {
         if !lower.is_empty() {
             return Err(Error::Invalid("http stands on no other store".into()));
         }
-        let url = config.text("url").ok_or_else(|| Config::missing("url", "http://HOST[:PORT]/PATH"))?;
+        let url = config
+            .text("url")
+            .ok_or_else(|| Config::missing("url", "http://HOST[:PORT]/PATH or https://…"))?;
         let url = Url::parse(url)?;
         let sized = |name: &str, default: u64, most: u64| match config.size(name)?.unwrap_or(default) {
             size if size <= most => Ok(size),

@@ -18,14 +18,26 @@ pub struct Url {
 }
 
 impl Url {
+    /// The address that a server means by a text in its `Location` field, if it is one of HTTP.
+    #[must_use]
+    pub fn join(&self, location: &str) -> Option<String> {
+        let whole = if location.starts_with('/') && !location.starts_with("//") {
+            format!("{}://{}{location}", if self.tls { "https" } else { "http" }, self.authority)
+        } else {
+            location.to_owned()
+        };
+        Self::parse(&whole).ok().map(|_| whole)
+    }
+
     /// Takes an address apart.
     ///
     /// # Errors
     /// It is none of HTTP, or has what does not belong there.
     pub fn parse(text: &str) -> Result<Self> {
-        let wrong = |what: &str| Error::Invalid(format!("`url` {what}; give http://HOST[:PORT]/PATH"));
+        let wrong =
+            |what: &str| Error::Invalid(format!("`url` {what}; give http://HOST[:PORT]/PATH or https://…"));
         let (scheme, rest) =
-            text.split_once("://").ok_or_else(|| wrong("has no `http://` before its host"))?;
+            text.split_once("://").ok_or_else(|| wrong("has no `http://` or `https://` before its host"))?;
         let tls = match scheme.to_ascii_lowercase().as_str() {
             "http" => false,
             "https" => true,

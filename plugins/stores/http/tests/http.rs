@@ -501,3 +501,18 @@ fn a_server_that_answers_anything_gives_failures_and_no_wrong_data() {
     }
     assert!(good > 20 && bad > 100, "{good} good, {bad} bad");
 }
+
+#[test]
+fn where_a_server_sends_us_is_an_address_to_give() {
+    let url = Url::parse("https://example.org:8443/a/image").unwrap();
+    for (location, there) in [
+        ("http://mirror.example/image", Some("http://mirror.example/image")),
+        ("/b/image", Some("https://example.org:8443/b/image")),
+        ("file:///etc/passwd", None),
+        ("//mirror.example/image", None),
+        ("image", None),
+        ("", None),
+    ] {
+        assert_eq!(url.join(location).as_deref(), there, "{location}");
+    }
+}

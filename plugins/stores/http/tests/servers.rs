@@ -1,7 +1,7 @@
 //! The store with servers behind real sockets: one of the standard library's, and those of others where they are installed.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -23,6 +23,9 @@ fn image() -> Vec<u8> {
 #[derive(Default)]
 struct Host {
     connections: RefCell<Vec<Option<TcpStream>>>,
+    /// Bytes come one at a time, and one in a second of this clock.
+    drips: bool,
+    seconds: Cell<u64>,
 }
 
 impl Host {
@@ -42,7 +45,7 @@ impl hosted::Host for Host {
         println!("{level:?}: {message}");
     }
     fn now(&self) -> u64 {
-        0
+        self.seconds.get() * 1_000_000_000
     }
     fn wait(&self, _: u64) {}
     fn random(&self, length: u32) -> Vec<u8> {
@@ -69,7 +72,8 @@ impl hosted::Host for Host {
         self.with(connection, |stream| stream.write_all(bytes))
     }
     fn connection_receive(&self, connection: u32, max: u32) -> Result<Vec<u8>, ConnectionError> {
-        let mut bytes = vec![0; max as usize];
+        self.seconds.update(|seconds| seconds + u64::from(self.drips));
+        let mut bytes = vec![0; if self.drips { 1 } else { max as usize }];
         let count = self.with(connection, |stream| stream.read(&mut bytes))?;
         bytes.truncate(count);
         Ok(bytes)
@@ -149,6 +153,21 @@ fn a_server_that_breaks_off_in_the_middle_of_bodies_gives_every_byte_right() {
     let server = std::thread::spawn(move || serve(&listener, 5));
     let connections = read_all(&format!("http://{address}/image"));
     assert!(connections > 10, "{connections} connections");
+    TcpStream::connect(address).unwrap().write_all(b"GET /end HTTP/1.1\r\n\r\n").unwrap();
+    server.join().unwrap();
+}
+
+#[test]
+fn a_server_that_drips_is_given_up() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let server = std::thread::spawn(move || serve(&listener, 5));
+    let host = Host { drips: true, ..Host::default() };
+    let Err(error) = open(&host, &format!("http://{address}/image")) else { panic!("it was opened") };
+    assert!(error.to_string().contains("no answer in time"), "{error}");
+    // Three attempts of a minute, which is looked at before each byte.
+    assert_eq!(host.seconds.get(), 3 * 61);
+    drop(host);
     TcpStream::connect(address).unwrap().write_all(b"GET /end HTTP/1.1\r\n\r\n").unwrap();
     server.join().unwrap();
 }

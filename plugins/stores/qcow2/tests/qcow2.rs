@@ -298,7 +298,7 @@ fn a_writer_shares_an_image_with_nobody_and_readers_share_it() {
     let folder = folder();
     let path = image(&folder, MIB);
     let writer = open(&path, &[]).unwrap();
-    assert!(open(&path, &[]).err().unwrap().contains("in use by this virtual machine"));
+    assert!(open(&path, &[]).err().unwrap().contains("in use by this command itself"));
     assert!(check(&path).unwrap_err().to_string().contains("is being written"));
     if let Some(theirs) = qemu(folder.path(), &["qemu-io", "-c", "write 0 512", "disk.qcow2"]) {
         assert!(theirs.unwrap_err().contains("lock"));
