@@ -148,6 +148,20 @@ fn a_disk_is_made_once_and_grows() {
 }
 
 #[test]
+fn a_store_that_is_not_there_is_named_with_those_that_are() {
+    refused(&["disk", "info", "foo:disk.img"], 2, &["no store `foo`", "`crypt`", "`qcow2`"]);
+    refused(
+        &["disk", "info", "https://example.org/disk.img"],
+        2,
+        &["write http:https://example.org/disk.img"],
+    );
+    let place = Place::new();
+    let over = format!("overlay:{},top={}", place.disk("file", "from.img"), place.disk("file", "top.img"));
+    place.does(&["disk", "create", &over]);
+    refused(&["disk", "resize", &over, "16M"], 1, &[&over.split(',').next().expect("a chain"), "`size`"]);
+}
+
+#[test]
 fn what_would_be_lost_is_refused() {
     let place = Place::new();
     let from = place.disk("file", "from.img");

@@ -290,7 +290,13 @@ impl DiskSpec {
             let Some((id, behind)) = rest.split_once(':') else {
                 bail!(wrong(format!("`{rest}` is no STORE:PLACE, and the store before it stands on one")));
             };
-            let plugin = shelf.load(id)?;
+            let plugin = shelf.load_store(id).map_err(|error| match error.is::<Usage>() {
+                true if id == "https" => {
+                    wrong(format!("write http:{} for an image on a web server", self.chain)).into()
+                }
+                true => wrong(error.to_string()).into(),
+                false => error,
+            })?;
             if plugin.manifest().kind != Kind::Store {
                 bail!(wrong(format!("`{id}` is a {}, not a store", plugin.manifest().kind)));
             }

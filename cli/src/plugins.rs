@@ -6,7 +6,9 @@ use anyhow::{Result, anyhow};
 use serde::Serialize;
 use tenon_abi::{Machine as MachineDescription, MemoryKind, MemoryRange, PersonalityError};
 use tenon_core::Ram;
-use tenon_plugins::{Boot, Bundle, BundleError, Catalog, Grants, GuestError, Host, Image, Manifest, Plugin};
+use tenon_plugins::{
+    Boot, Bundle, BundleError, Catalog, Grants, GuestError, Host, Image, Kind, Manifest, Plugin,
+};
 
 use crate::Usage;
 use crate::args::{PluginPlaces, PluginSpec};
@@ -67,6 +69,23 @@ impl Shelf {
         let (_, code, manifest) = BUILT_IN[at];
         let loaded = self.host.builtin(code, manifest)?;
         Ok(self.built_in[at].get_or_init(|| loaded).clone())
+    }
+
+    /// Loads a store by id or path. The error for one that is not there names those that are.
+    pub(crate) fn load_store(&self, plugin: &str) -> Result<Arc<Plugin>> {
+        self.load(plugin).map_err(|error| {
+            if !error.is::<Usage>() {
+                return error;
+            }
+            let found = self.catalog.list().into_iter();
+            let is_store = |bundle: &Bundle| bundle.manifest.kind == Kind::Store;
+            let found = found.filter(|(_, bundle)| bundle.as_ref().is_ok_and(is_store)).map(|(id, _)| id);
+            let mut stores: Vec<String> =
+                BUILT_IN.iter().map(|(id, ..)| (*id).to_owned()).chain(found).collect();
+            stores.sort();
+            stores.dedup();
+            Usage(anyhow!("there is no store `{plugin}`; there are `{}`", stores.join("`, `"))).into()
+        })
     }
 
     /// What loads plugins.

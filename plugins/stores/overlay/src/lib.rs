@@ -151,6 +151,12 @@ impl Store for Overlay {
         outcomes
     }
 
+    fn resize(&mut self, _size: u64) -> Result<StoreInfo> {
+        Err(Error::Unsupported(
+            "an overlay keeps the length with which it was made: `size` makes a longer one".into(),
+        ))
+    }
+
     fn save(&self, state: &mut Encoder) -> Result<()> {
         state.u64(self.header.next).u64(self.header.sequence);
         for list in [&self.free, &self.unused, &self.resting] {
