@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use crate::ImageError;
+use crate::mark::DIRTY;
 
 const MAGIC: &[u8; 4] = b"QFI\xfb";
 /// The extension that names the backing file's format.
@@ -122,8 +123,7 @@ impl Header {
 
     /// Whether the image can be used.
     pub(crate) fn check(&self, writable: bool) -> Result<(), ImageError> {
-        const INCOMPATIBLE: [(u64, &str); 5] = [
-            (1, "it was not closed in good order: `qemu-img check -r all` repairs it"),
+        const INCOMPATIBLE: [(u64, &str); 4] = [
             (2, "it is marked as corrupt: `qemu-img check -r all` may repair it"),
             (4, "it keeps its data in another file, which is not supported"),
             (
@@ -143,7 +143,7 @@ impl Header {
         if let Some((_, why)) = INCOMPATIBLE.iter().find(|(bit, _)| self.incompatible & bit != 0) {
             return Err(ImageError::Unsupported((*why).to_owned()));
         }
-        if self.incompatible != 0 {
+        if self.incompatible & !u64::from(DIRTY) != 0 {
             return Err(ImageError::Unsupported(format!(
                 "it needs features that are not known here ({:#x})",
                 self.incompatible
@@ -165,5 +165,15 @@ impl Header {
 
     pub(crate) fn cluster_size(&self) -> u64 {
         1 << self.cluster_bits
+    }
+
+    /// The clusters that a refcount block counts.
+    pub(crate) fn counts_per_block(&self) -> u64 {
+        (self.cluster_size() * 8) >> self.refcount_order
+    }
+
+    /// It is being written, or was not closed in good order: counts may be too low.
+    pub(crate) fn dirty(&self) -> bool {
+        self.incompatible & u64::from(DIRTY) != 0
     }
 }

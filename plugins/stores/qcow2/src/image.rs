@@ -1,6 +1,16 @@
 //! An image that is open, with the backing files that it was granted.
 //!
 //! The crate `imago` does the format. What a damaged image makes of it stays here: a panic becomes an error, and the image is then not touched any more.
+//!
+//! # What a process that is killed leaves
+//!
+//! `imago` writes data at once, and tables when it must or at a flush: L1 entries and refcount table entries at once, L2 tables before a cluster that was freed is used for
+//! data again, refcount blocks at no time that can be relied on. So a file of which nothing was flushed has all that was flushed before, and counts that may be too low, which
+//! `repair` puts right. One order is missing in `imago`, and made here: a cluster that was freed is also used again for an L2 table, without the L2 table that named it being written
+//! first. So whatever frees clusters is carried out alone, within one L2 table, and the tables are written before anyone else goes on. For the power to fail as well, they are made
+//! durable before the next write.
+//!
+//! Of a change that failed nobody knows what reached the file: the mark then stays after the close, and the next one to open the image for writing goes through its books.
 #![allow(unsafe_code, reason = "fallocate")]
 
 use std::fs::{self, File, OpenOptions};
@@ -9,21 +19,23 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::RwLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError, RwLock};
 
 use imago::format::PreallocateMode;
-use imago::qcow2::Qcow2;
-use imago::raw::Raw;
-use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, Mapping, StorageOpenOptions};
+use imago::{FormatAccess, Mapping, ShallowMapping};
 
 use crate::header::Header;
-use crate::{ImageError, checker, lock};
+use crate::layers::open_layer;
+use crate::mark::Mark;
+use crate::repair::{self, Repaired};
+use crate::storage::ImageFile;
+use crate::{ImageError, lock};
 
 /// The most bytes that are discarded at a time, while nobody else can use the image.
 const MOST_DISCARDED: u64 = 1 << 30;
 
-type Access = FormatAccess<imago::file::File>;
+pub(crate) type Access = FormatAccess<ImageFile>;
 
 /// How an image is opened.
 #[derive(Debug, Default)]
@@ -38,12 +50,22 @@ pub(crate) struct Mode {
 pub(crate) struct Image {
     pub(crate) header: Header,
     pub(crate) writable: bool,
+    /// What was repaired when it was opened: also that nothing was to be, although it was not closed in good order.
+    pub(crate) repaired: Option<Repaired>,
+    /// Set before the first change.
+    mark: Mark,
     /// Held for writing by what zeroes, or changes where data is: nobody may read or write meanwhile. `None` while it is dropped.
     access: RwLock<Option<Access>>,
     /// Something panicked.
     broken: AtomicBool,
     /// A flush did not reach the disk: the kernel tells of that once and forgets.
     lost: AtomicBool,
+    /// A change failed: the tables may not be what `imago` takes them for, and the mark stays.
+    failed: AtomicBool,
+    /// Clusters were freed by tables that are written, and not durable.
+    freed: AtomicBool,
+    /// Held by who makes them so.
+    settling: Mutex<()>,
     /// The image's file again, to give space of it back.
     holes: File,
     /// The open files again, for their locks.
@@ -63,8 +85,15 @@ impl Image {
         let file = open_file(path, mode.writable, mode.lock, &mut locked)?;
         let header = Header::read(&file)?;
         header.check(mode.writable)?;
+        let mark = Mark::new(file.try_clone()?, &header);
+        let mut repaired = None;
         if mode.writable {
-            checker::trust_refcounts(&file, &header)?;
+            if repair::needed(&file, &header)? {
+                let found = repair::put_right(&file, &header)?;
+                repaired = (header.dirty() || found != Repaired::default()).then_some(found);
+            }
+            repair::trust_refcounts(&file, &header)?;
+            mark.clear()?;
         }
         let holes = file.try_clone()?;
         let access = contained(|| open_layer(path, file, &header, mode, &mut grants, &mut locked))??;
@@ -77,9 +106,14 @@ impl Image {
         Ok(Self {
             header,
             writable: mode.writable,
+            repaired,
+            mark,
             access: RwLock::new(Some(access)),
             broken: AtomicBool::new(false),
             lost: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
+            freed: AtomicBool::new(false),
+            settling: Mutex::new(()),
             holes,
             locked,
         })
@@ -95,7 +129,23 @@ impl Image {
     }
 
     pub(crate) fn write(&self, position: u64, bytes: &[u8]) -> io::Result<()> {
-        self.with(|access| access.write(bytes, position))
+        let length = bytes.len() as u64;
+        let frees = self.with(|access| {
+            self.begin(access)?;
+            let frees = frees(access, position, length, false)?;
+            if !frees {
+                access.write(bytes, position).inspect_err(|_| self.fail())?;
+            }
+            Ok(frees)
+        })?;
+        if !frees {
+            return Ok(());
+        }
+        self.alone(position, length, |access, at, piece| {
+            let piece = range(at - position, piece);
+            access.write(&bytes[piece], at)?;
+            Ok(true)
+        })
     }
 
     /// Makes everything durable whose write has ended.
@@ -107,8 +157,75 @@ impl Image {
             return Err(io::Error::other("an earlier flush failed"));
         }
         // What this leaves unwritten, it knows and writes again.
-        self.with(Access::flush)?;
-        self.with(Access::sync).inspect_err(|_| self.lost.store(true, Ordering::Release))
+        self.with(Access::flush).inspect_err(|_| self.fail())?;
+        self.with(|access| self.sync(access))
+    }
+
+    /// Makes everything durable, and takes the mark back if nothing failed. Nothing else is under way.
+    pub(crate) fn close(&self) -> io::Result<()> {
+        self.flush()?;
+        if !self.writable || self.failed.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.with_all(|_| self.mark.clear())
+    }
+
+    /// Makes durable what was written.
+    fn sync(&self, access: &Access) -> io::Result<()> {
+        access.sync().inspect_err(|_| {
+            self.lost.store(true, Ordering::Release);
+            self.fail();
+        })
+    }
+
+    fn fail(&self) {
+        self.failed.store(true, Ordering::Release);
+    }
+
+    /// Goes before every change.
+    fn begin(&self, access: &Access) -> io::Result<()> {
+        self.mark.set()?;
+        if self.freed.load(Ordering::Acquire) {
+            let _settling = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
+            if self.freed.load(Ordering::Acquire) {
+                self.sync(access)?;
+                // Whoever sets it does so alone, and not now.
+                self.freed.store(false, Ordering::Release);
+            }
+        }
+        Ok(())
+    }
+
+    /// Changes a range alone, one L2 table after the other, and writes the tables before anyone can use the clusters again that a change freed, which is what it returns.
+    fn alone(
+        &self,
+        position: u64,
+        length: u64,
+        change: impl Fn(&mut Access, u64, u64) -> io::Result<bool>,
+    ) -> io::Result<()> {
+        let table = self.header.cluster_size() / 8 * self.header.cluster_size();
+        let end = position + length;
+        let mut at = position;
+        while at < end {
+            let piece = (end - at).min(MOST_DISCARDED).min((at / table + 1) * table - at);
+            self.with_all(|access| {
+                self.mark.set()?;
+                let done = change(access, at, piece).and_then(|freed| {
+                    if freed {
+                        self.freed.store(true, Ordering::Release);
+                        access.flush()?;
+                    }
+                    Ok(())
+                });
+                done.inspect_err(|error| {
+                    if error.kind() != io::ErrorKind::Unsupported {
+                        self.fail();
+                    }
+                })
+            })?;
+            at += piece;
+        }
+        Ok(())
     }
 
     /// Makes a range read as zeroes.
@@ -118,7 +235,11 @@ impl Image {
         } else {
             // Alone: of a cluster that is zeroed in part, `imago` looks whether the rest reads as zeroes, and then maps all of it to
             // zeroes; what was written to the rest in between would be lost.
-            self.with_all(|access| access.write_zeroes(position, length))
+            self.alone(position, length, |access, at, piece| {
+                let frees = frees(access, at, piece, false)?;
+                access.write_zeroes(at, piece)?;
+                Ok(frees)
+            })
         };
         match done {
             // Version 2 has no clusters of zeroes.
@@ -127,7 +248,7 @@ impl Image {
                 let mut at = position;
                 while at < position + length {
                     let piece = (position + length - at).min(zeroes.len() as u64);
-                    self.write(at, &zeroes[..usize::try_from(piece).unwrap_or(0)])?;
+                    self.write(at, &zeroes[range(0, piece)])?;
                     at += piece;
                 }
                 Ok(())
@@ -148,28 +269,30 @@ impl Image {
         length: u64,
         discard: impl Fn(&mut Access, u64, u64) -> io::Result<()>,
     ) -> io::Result<()> {
-        let end = position + length;
-        let mut at = position;
-        while at < end {
-            let piece = (end - at).min(MOST_DISCARDED);
-            self.with_all(|access| {
-                let before = self.clusters(access, at, at + piece)?;
-                discard(access, at, piece)?;
-                let after = self.clusters(access, at, at + piece)?;
+        self.alone(position, length, |access, at, piece| {
+            let (size, end) = (self.header.cluster_size(), at + piece);
+            let first = at.next_multiple_of(size).min(end);
+            let last = if end == access.size() { end } else { (end / size * size).max(first) };
+            let frees = frees(access, at, piece, true)?;
+            // The parts of clusters first: they may need a cluster, which must not be one that is punched here.
+            for (at, end) in [(at, first), (last, end)] {
+                if at < end {
+                    discard(access, at, end - at)?;
+                }
+            }
+            if first < last {
+                let before = self.clusters(access, first, last)?;
+                discard(access, first, last - first)?;
+                let after = self.clusters(access, first, last)?;
                 for (cluster, count) in before {
                     // What is still mapped was not discarded after all.
-                    if !after
-                        .iter()
-                        .any(|(start, length)| cluster < start + length && *start < cluster + count)
-                    {
+                    if !after.iter().any(|(at, length)| cluster < at + length && *at < cluster + count) {
                         self.punch(cluster, count);
                     }
                 }
-                Ok(())
-            })?;
-            at += piece;
-        }
-        Ok(())
+            }
+            Ok(frees)
+        })
     }
 
     /// Where the whole clusters of a range are in the image's file: offsets and lengths.
@@ -215,9 +338,23 @@ impl Image {
             let end = size.next_multiple_of(self.header.cluster_size()).min(before);
             self.write_zeroes(size, end - size, false)?;
         }
+        if size < before {
+            // `imago` would free and use again within one call.
+            let end = size.next_multiple_of(self.header.cluster_size()).min(before);
+            self.alone(end, before - end, |access, at, piece| {
+                let frees = frees(access, at, piece, true)?;
+                if frees {
+                    access.discard_to_backing(at, piece)?;
+                }
+                Ok(frees)
+            })?;
+        }
         // A longer backing file shall not show behind the old end.
         let mode = if self.header.backing.is_some() { PreallocateMode::Zero } else { PreallocateMode::None };
-        self.with_all(|access| access.resize(size, mode))?;
+        self.with_all(|access| {
+            self.begin(access)?;
+            access.resize(size, mode).inspect_err(|_| self.fail())
+        })?;
         Ok(self.flush()?)
     }
 
@@ -251,6 +388,10 @@ impl Image {
 
 impl Drop for Image {
     fn drop(&mut self) {
+        if self.mark.is_set() && self.writable && self.whole().is_ok() {
+            // What was not closed is closed; if that fails, the next one to open the image repairs it.
+            let _ = self.close();
+        }
         let access = self.access.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner).take();
         if self.broken.load(Ordering::Acquire) {
             // Dropping it would write what it keeps, which nobody can vouch for.
@@ -263,7 +404,7 @@ impl Drop for Image {
 }
 
 /// Open files that are locked.
-struct Locks(Vec<File>);
+pub(crate) struct Locks(Vec<File>);
 
 impl Locks {
     fn end(&mut self) {
@@ -275,6 +416,33 @@ impl Drop for Locks {
     fn drop(&mut self) {
         self.end();
     }
+}
+
+/// Whether writing or discarding a range may free clusters: compressed ones, ones that are used elsewhere as well, and, if it is discarded, all.
+fn frees(access: &Access, position: u64, length: u64, discarded: bool) -> io::Result<bool> {
+    let end = position + length;
+    let mut at = position;
+    while at < end {
+        let (mapping, length) = access.get_shallow_mapping(at, end - at)?;
+        match mapping {
+            ShallowMapping::Special { .. } | ShallowMapping::Raw { writable: false, .. } => return Ok(true),
+            ShallowMapping::Raw { .. } | ShallowMapping::Zero { explicit: true, .. } if discarded => {
+                return Ok(true);
+            }
+            _ => {}
+        }
+        if length == 0 {
+            break;
+        }
+        at += length;
+    }
+    Ok(false)
+}
+
+/// A range within a slice that was looked at to be as long.
+fn range(start: u64, length: u64) -> std::ops::Range<usize> {
+    let start = usize::try_from(start).unwrap_or(usize::MAX);
+    start..start.saturating_add(usize::try_from(length).unwrap_or(usize::MAX))
 }
 
 fn broken() -> io::Error {
@@ -318,74 +486,5 @@ pub(crate) fn open_file(
 impl Extend<File> for Locks {
     fn extend<T: IntoIterator<Item = File>>(&mut self, files: T) {
         self.0.extend(files);
-    }
-}
-
-fn storage(path: &Path, file: File, writable: bool) -> io::Result<imago::file::File> {
-    imago::file::File::from_open_file(file, StorageOpenOptions::new().filename(path).write(writable))
-}
-
-/// Opens an image whose header was checked, and what it stands on: each backing file takes its grant.
-fn open_layer(
-    path: &Path,
-    file: File,
-    header: &Header,
-    mode: &Mode,
-    grants: &mut Vec<(PathBuf, PathBuf)>,
-    locked: &mut Locks,
-) -> Result<Access, ImageError> {
-    let backing = match &header.backing {
-        None => None,
-        Some(name) => Some(open_backing(path, name, header, mode, grants, locked)?),
-    };
-    let writable = mode.writable;
-    let image = Qcow2::<imago::file::File>::builder(storage(path, file, writable)?)
-        .write(writable)
-        .backing(backing)
-        .data_file(None)
-        .open(DenyImplicitOpenGate::default())?;
-    Ok(FormatAccess::new(image))
-}
-
-fn open_backing(
-    path: &Path,
-    name: &str,
-    header: &Header,
-    mode: &Mode,
-    grants: &mut Vec<(PathBuf, PathBuf)>,
-    locked: &mut Locks,
-) -> Result<Access, ImageError> {
-    let image = path.display();
-    let named = path.parent().unwrap_or(Path::new("")).join(name);
-    let grant = fs::canonicalize(&named)
-        .ok()
-        .and_then(|named| grants.iter().position(|(_, granted)| *granted == named));
-    let Some(grant) = grant else {
-        return Err(ImageError::Backing(format!(
-            "`{image}` stands on the backing file `{name}`, which is not granted; `backing={}` grants it",
-            named.display()
-        )));
-    };
-    let (_, path) = grants.remove(grant);
-    let of =
-        |error: ImageError| ImageError::Backing(format!("the backing file `{}`: {error}", path.display()));
-    let mode = Mode { writable: false, lock: mode.lock, backing: Vec::new() };
-    let file = open_file(&path, false, mode.lock, locked).map_err(of)?;
-    match header.backing_format.as_deref() {
-        Some("raw") => {
-            let raw = storage(&path, file, false)
-                .and_then(|storage| Raw::builder(storage).open(DenyImplicitOpenGate::default()));
-            Ok(FormatAccess::new(raw.map_err(|error| of(error.into()))?))
-        }
-        Some("qcow2") => {
-            let header = Header::read(&file).and_then(|header| header.check(false).map(|()| header));
-            open_layer(&path, file, &header.map_err(of)?, &mode, grants, locked)
-        }
-        // Guessing would let whoever writes a raw image name any file as its backing file.
-        other => Err(ImageError::Backing(format!(
-            "`{image}` stands on the backing file `{name}`, whose format it gives as `{}`, but must give as `raw` or `qcow2`: \
-             `qemu-img rebase -u -F FORMAT -b {name} {image}` does",
-            other.unwrap_or_default()
-        ))),
     }
 }

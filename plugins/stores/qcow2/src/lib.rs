@@ -5,6 +5,8 @@
 //! - here: the store, which carries out each operation on a copy of its data, on one of a few `threads`;
 //! - `image`: an open image and its backing files, with the crate `imago` inside;
 //! - `header`: what an image says about itself, checked before anything acts on it;
+//! - `layers`: opens an image and what it stands on, over `storage`;
+//! - `mark`, `books` and `repair`: what a process that was killed leaves, found and put right before anything is written;
 //! - [`create`], [`info`], [`resize`] and [`check`]: what else is done with images, for the command line.
 //!
 //! A backing file is opened only when it was granted by name: an image from elsewhere may name any file of this host.
@@ -13,11 +15,16 @@
 //! part of it.
 #![allow(unsafe_code, reason = "copies to and from the buffers of operations, which are guest memory")]
 
+mod books;
 mod checker;
 mod header;
 mod image;
+mod layers;
 #[path = "../../file/src/lock.rs"]
 mod lock;
+mod mark;
+mod repair;
+mod storage;
 #[path = "../../file/src/threads.rs"]
 mod threads;
 mod tools;
@@ -35,7 +42,8 @@ use tenon_sdk::store::{
 use crate::image::{Image, Mode};
 use crate::threads::{Threads, Work};
 
-pub use crate::checker::{Report, check};
+pub use crate::books::Report;
+pub use crate::checker::check;
 pub use crate::tools::{Backing, CreateOptions, Info, create, info, resize};
 
 tenon_sdk::export_native_store!(Qcow2Store);
@@ -95,6 +103,9 @@ impl NativeStore for Qcow2Store {
                 _ => Error::Other(text),
             }
         })?;
+        if let Some(repaired) = &image.repaired {
+            completions.log(Level::Warn, &format!("`{path}`: {repaired}"));
+        }
         let image = Arc::new(image);
         let info = store_info(&image);
         let worker = Worker { image: image.clone(), completions, path: path.to_owned() };
@@ -121,7 +132,7 @@ impl NativeStore for Qcow2Store {
     }
 
     fn close(&self) -> Result<()> {
-        self.image.flush().map_err(|error| Error::Other(format!("flushing: {error}")))
+        self.image.close().map_err(|error| Error::Other(format!("flushing: {error}")))
     }
 }
 

@@ -1,0 +1,126 @@
+//! The file below `imago`, without the mark that `mark` describes: `imago` refuses an image that has it, for reading as well, which needs no reference counts.
+#![allow(unsafe_code, reason = "the trait's reads and writes are unsafe functions, and are passed on")]
+
+use std::fmt::{self, Display, Formatter};
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use imago::io_buffers::{IoVector, IoVectorMut};
+use imago::storage::PreallocateMode;
+use imago::storage::drivers::CommonStorageHelper;
+use imago::{Storage, StorageOpenOptions};
+
+use crate::mark::{BYTE, DIRTY};
+
+/// A file of an image.
+#[derive(Debug)]
+pub(crate) struct ImageFile {
+    file: imago::file::File,
+    /// The file begins with a header of version 3.
+    header: bool,
+}
+
+impl ImageFile {
+    /// `header`: the file begins with a header of version 3.
+    pub(crate) fn new(path: &Path, file: fs::File, writable: bool, header: bool) -> io::Result<Self> {
+        let options = StorageOpenOptions::new().filename(path).write(writable);
+        Ok(Self { file: imago::file::File::from_open_file(file, options)?, header })
+    }
+}
+
+impl Display for ImageFile {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        self.file.fmt(f)
+    }
+}
+
+impl Storage for ImageFile {
+    fn mem_align(&self) -> usize {
+        self.file.mem_align()
+    }
+
+    fn req_align(&self) -> usize {
+        self.file.req_align()
+    }
+
+    fn zero_align(&self) -> usize {
+        self.file.zero_align()
+    }
+
+    fn discard_align(&self) -> usize {
+        self.file.discard_align()
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        self.file.size()
+    }
+
+    fn resolve_relative_path<P: AsRef<Path>>(&self, relative: P) -> io::Result<PathBuf> {
+        self.file.resolve_relative_path(relative)
+    }
+
+    fn get_filename(&self) -> Option<PathBuf> {
+        self.file.get_filename()
+    }
+
+    unsafe fn pure_readv(&self, mut into: IoVectorMut<'_>, offset: u64) -> io::Result<()> {
+        if !self.header || offset > BYTE || offset + into.len() <= BYTE {
+            // SAFETY: as promised to this.
+            return unsafe { self.file.pure_readv(into, offset) };
+        }
+        let mut copy = vec![0; usize::try_from(into.len()).unwrap_or(0)];
+        // SAFETY: as promised to this.
+        unsafe { self.file.pure_readv((&mut copy).into(), offset)? };
+        if let Some(byte) = usize::try_from(BYTE - offset).ok().and_then(|at| copy.get_mut(at)) {
+            *byte &= !DIRTY;
+        }
+        into.copy_from_slice(&copy);
+        Ok(())
+    }
+
+    unsafe fn pure_writev(&self, from: IoVector<'_>, offset: u64) -> io::Result<()> {
+        // SAFETY: as promised to this.
+        unsafe { self.file.pure_writev(from, offset) }
+    }
+
+    unsafe fn pure_write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
+        // SAFETY: as promised to this.
+        unsafe { self.file.pure_write_zeroes(offset, length) }
+    }
+
+    unsafe fn pure_write_allocated_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
+        // SAFETY: as promised to this.
+        unsafe { self.file.pure_write_allocated_zeroes(offset, length) }
+    }
+
+    unsafe fn pure_discard(&self, offset: u64, length: u64) -> io::Result<()> {
+        // SAFETY: as promised to this.
+        unsafe { self.file.pure_discard(offset, length) }
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.file.flush()
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync()
+    }
+
+    fn settle_writes(&self) -> io::Result<()> {
+        self.file.settle_writes()
+    }
+
+    unsafe fn invalidate_cache(&self) -> io::Result<()> {
+        // SAFETY: as promised to this.
+        unsafe { self.file.invalidate_cache() }
+    }
+
+    fn get_storage_helper(&self) -> &CommonStorageHelper {
+        self.file.get_storage_helper()
+    }
+
+    fn resize(&self, size: u64, mode: PreallocateMode) -> io::Result<()> {
+        self.file.resize(size, mode)
+    }
+}
