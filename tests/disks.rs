@@ -158,7 +158,7 @@ fn a_store_that_is_not_there_is_named_with_those_that_are() {
     let place = Place::new();
     let over = format!("overlay:{},top={}", place.disk("file", "from.img"), place.disk("file", "top.img"));
     place.does(&["disk", "create", &over]);
-    refused(&["disk", "resize", &over, "16M"], 1, &[&over.split(',').next().expect("a chain"), "`size`"]);
+    refused(&["disk", "resize", &over, "16M"], 1, &[over.split(',').next().expect("a chain"), "`size`"]);
 }
 
 #[test]

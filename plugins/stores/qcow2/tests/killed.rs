@@ -61,10 +61,12 @@ fn victim() {
     let (path, seed) = (orders.next().unwrap(), orders.next().unwrap().parse().unwrap());
     let zeroes = orders.next() == Some("zeroes");
     let mut bench = open(Path::new(path), false);
-    let mut say = std::io::stderr();
+    // Each line by one call, so that none is cut off.
+    let say =
+        |what: &str, batch| std::io::stderr().write_all(format!("{what} {batch}\n").as_bytes()).unwrap();
     for batch in 0.. {
         let (steps, flush) = steps(seed, batch, bench.info.size, zeroes);
-        writeln!(say, "begin {batch}").unwrap();
+        say("begin", batch);
         let asked: Vec<Ask> = steps
             .iter()
             .map(|step| {
@@ -79,7 +81,7 @@ fn victim() {
         assert!(bench.run(&asked).iter().all(Result::is_ok));
         if flush {
             bench.flush().unwrap();
-            writeln!(say, "flushed {batch}").unwrap();
+            say("flushed", batch);
         }
     }
 }
