@@ -23,9 +23,12 @@ const TOOLS: [Tool; 3] = [
 ];
 /// What `bench` compares with.
 const PEER: Tool = Tool { program: "qemu-system-x86_64", package: "qemu-system-x86" };
-/// What some tests have look at images and recordings.
-const WITNESSES: [Tool; 2] =
-    [Tool { program: "qemu-img", package: "qemu-utils" }, Tool { program: "tcpdump", package: "tcpdump" }];
+/// What some tests have look at images, recordings and system calls.
+const WITNESSES: [Tool; 3] = [
+    Tool { program: "qemu-img", package: "qemu-utils" },
+    Tool { program: "strace", package: "strace" },
+    Tool { program: "tcpdump", package: "tcpdump" },
+];
 /// What makes the Debian disk.
 const DISK_TOOLS: [Tool; 4] = [
     Tool { program: "mmdebstrap", package: "mmdebstrap" },

@@ -8,7 +8,7 @@
 //! data again, refcount blocks at no time that can be relied on. So a file of which nothing was flushed has all that was flushed before, and counts that may be too low, which
 //! `repair` puts right. One order is missing in `imago`, and made here: a cluster that was freed is also used again for an L2 table, without the L2 table that named it being written
 //! first. So whatever frees clusters is carried out alone, within one L2 table, and the tables are written before anyone else goes on. For the power to fail as well, they are made
-//! durable before the next write.
+//! durable before the next write; `order` does the rest for that.
 //!
 //! Of a change that failed nobody knows what reached the file: the mark then stays after the close, and the next one to open the image for writing goes through its books.
 #![allow(unsafe_code, reason = "fallocate")]
@@ -58,8 +58,6 @@ pub(crate) struct Image {
     access: RwLock<Option<Access>>,
     /// Something panicked.
     broken: AtomicBool,
-    /// A flush did not reach the disk: the kernel tells of that once and forgets.
-    lost: AtomicBool,
     /// A change failed: the tables may not be what `imago` takes them for, and the mark stays.
     failed: AtomicBool,
     /// Clusters were freed by tables that are written, and not durable.
@@ -110,7 +108,6 @@ impl Image {
             mark,
             access: RwLock::new(Some(access)),
             broken: AtomicBool::new(false),
-            lost: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             freed: AtomicBool::new(false),
             settling: Mutex::new(()),
@@ -153,12 +150,8 @@ impl Image {
         if !self.writable {
             return Ok(());
         }
-        if self.lost.load(Ordering::Acquire) {
-            return Err(io::Error::other("an earlier flush failed"));
-        }
-        // What this leaves unwritten, it knows and writes again.
-        self.with(Access::flush).inspect_err(|_| self.fail())?;
-        self.with(|access| self.sync(access))
+        // What the first leaves unwritten, it knows and writes again.
+        self.with(|access| access.flush().and_then(|()| access.sync())).inspect_err(|_| self.fail())
     }
 
     /// Makes everything durable, and takes the mark back if nothing failed. Nothing else is under way.
@@ -168,14 +161,6 @@ impl Image {
             return Ok(());
         }
         self.with_all(|_| self.mark.clear())
-    }
-
-    /// Makes durable what was written.
-    fn sync(&self, access: &Access) -> io::Result<()> {
-        access.sync().inspect_err(|_| {
-            self.lost.store(true, Ordering::Release);
-            self.fail();
-        })
     }
 
     fn fail(&self) {
@@ -188,7 +173,7 @@ impl Image {
         if self.freed.load(Ordering::Acquire) {
             let _settling = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
             if self.freed.load(Ordering::Acquire) {
-                self.sync(access)?;
+                access.sync().inspect_err(|_| self.fail())?;
                 // Whoever sets it does so alone, and not now.
                 self.freed.store(false, Ordering::Release);
             }
@@ -337,10 +322,7 @@ impl Image {
             // What is left of the last cluster shall not come back when the image grows again.
             let end = size.next_multiple_of(self.header.cluster_size()).min(before);
             self.write_zeroes(size, end - size, false)?;
-        }
-        if size < before {
             // `imago` would free and use again within one call.
-            let end = size.next_multiple_of(self.header.cluster_size()).min(before);
             self.alone(end, before - end, |access, at, piece| {
                 let frees = frees(access, at, piece, true)?;
                 if frees {

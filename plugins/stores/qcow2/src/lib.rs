@@ -23,6 +23,7 @@ mod layers;
 #[path = "../../file/src/lock.rs"]
 mod lock;
 mod mark;
+mod order;
 mod repair;
 mod storage;
 #[path = "../../file/src/threads.rs"]

@@ -1,4 +1,5 @@
-//! The file below `imago`, without the mark that `mark` describes: `imago` refuses an image that has it, for reading as well, which needs no reference counts.
+//! The file below `imago`: it does not show the mark that `mark` describes, for `imago` refuses an image that has it, for reading as well, which needs no reference counts; and writes
+//! reach the disk in the order that `order` describes.
 #![allow(unsafe_code, reason = "the trait's reads and writes are unsafe functions, and are passed on")]
 
 use std::fmt::{self, Display, Formatter};
@@ -11,7 +12,9 @@ use imago::storage::PreallocateMode;
 use imago::storage::drivers::CommonStorageHelper;
 use imago::{Storage, StorageOpenOptions};
 
+use crate::ImageError;
 use crate::mark::{BYTE, DIRTY};
+use crate::order::{Order, What};
 
 /// A file of an image.
 #[derive(Debug)]
@@ -19,13 +22,24 @@ pub(crate) struct ImageFile {
     file: imago::file::File,
     /// The file begins with a header of version 3.
     header: bool,
+    /// It will be written.
+    order: Option<Order>,
 }
 
 impl ImageFile {
-    /// `header`: the file begins with a header of version 3.
-    pub(crate) fn new(path: &Path, file: fs::File, writable: bool, header: bool) -> io::Result<Self> {
+    /// `header`: the file begins with a header of version 3. Only images are written.
+    pub(crate) fn new(path: &Path, file: fs::File, writable: bool, header: bool) -> Result<Self, ImageError> {
+        let order = if writable { Some(Order::new(file.try_clone()?)?) } else { None };
         let options = StorageOpenOptions::new().filename(path).write(writable);
-        Ok(Self { file: imago::file::File::from_open_file(file, options)?, header })
+        Ok(Self { file: imago::file::File::from_open_file(file, options)?, header, order })
+    }
+
+    /// Changes a range of the file, in order, to what names no cluster.
+    fn change(&self, offset: u64, length: u64, change: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        let Some(order) = &self.order else { return change() };
+        let what = order.before(offset, length)?;
+        change()?;
+        order.after(what, offset, &[])
     }
 }
 
@@ -80,23 +94,34 @@ impl Storage for ImageFile {
     }
 
     unsafe fn pure_writev(&self, from: IoVector<'_>, offset: u64) -> io::Result<()> {
+        let Some(order) = &self.order else {
+            // SAFETY: as promised to this.
+            return unsafe { self.file.pure_writev(from, offset) };
+        };
+        let what = order.before(offset, from.len())?;
+        let mut bytes = Vec::new();
+        if what == What::L1 {
+            bytes.resize(usize::try_from(from.len()).unwrap_or(0), 0);
+            from.copy_into_slice(&mut bytes);
+        }
         // SAFETY: as promised to this.
-        unsafe { self.file.pure_writev(from, offset) }
+        unsafe { self.file.pure_writev(from, offset)? };
+        order.after(what, offset, &bytes)
     }
 
     unsafe fn pure_write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
         // SAFETY: as promised to this.
-        unsafe { self.file.pure_write_zeroes(offset, length) }
+        self.change(offset, length, || unsafe { self.file.pure_write_zeroes(offset, length) })
     }
 
     unsafe fn pure_write_allocated_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
         // SAFETY: as promised to this.
-        unsafe { self.file.pure_write_allocated_zeroes(offset, length) }
+        self.change(offset, length, || unsafe { self.file.pure_write_allocated_zeroes(offset, length) })
     }
 
     unsafe fn pure_discard(&self, offset: u64, length: u64) -> io::Result<()> {
         // SAFETY: as promised to this.
-        unsafe { self.file.pure_discard(offset, length) }
+        self.change(offset, length, || unsafe { self.file.pure_discard(offset, length) })
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -104,7 +129,7 @@ impl Storage for ImageFile {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.file.sync()
+        self.order.as_ref().map_or(Ok(()), Order::sync)
     }
 
     fn settle_writes(&self) -> io::Result<()> {
