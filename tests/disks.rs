@@ -238,6 +238,30 @@ fn every_image_that_a_disk_is_made_of_is_checked() {
 }
 
 #[test]
+fn an_image_whose_writer_was_killed_is_repaired() {
+    let place = Place::new();
+    let image = place.disk("qcow2", "image.qcow2");
+    place.does(&["disk", "convert", &place.disk("file", "from.img"), &image]);
+    let mut bytes = fs::read(place.path("image.qcow2")).expect("the image");
+    let field = |bytes: &[u8], at: usize| {
+        let field = u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
+        usize::try_from(field).expect("an offset")
+    };
+    // The mark of an image that is open, and the first reference counts.
+    bytes[79] |= 1;
+    let counts = field(&bytes, field(&bytes, 48));
+    bytes[counts..counts + 8].fill(0);
+    fs::write(place.path("image.qcow2"), bytes).expect("the image");
+    refused(&["disk", "check", &image], 1, &["not closed in good order", "--repair"]);
+    let (status, output, error) = outcome(&mut tenon(&["disk", "check", &image, "--repair", "--json"]));
+    assert_eq!(status, 0, "{error}");
+    let found: serde_json::Value = serde_json::from_str(&output).expect("JSON");
+    assert_eq!(found["books"][0]["repaired"]["too_low"], 4, "{output}");
+    assert_eq!((&found["good"], &found["books"][0]["unclean"]), (&true.into(), &false.into()), "{output}");
+    place.does(&["disk", "check", &image]);
+}
+
+#[test]
 fn a_wrong_key_or_a_damaged_image_is_said_to_be_that() {
     let place = Place::new();
     let secret = place.disk("crypt:file", "secret.img");

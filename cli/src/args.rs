@@ -262,9 +262,15 @@ pub(crate) enum DiskCommand {
         plugins: PluginUse,
     },
     /// Check an image's books, and read all of the disk
+    #[command(
+        after_help = "Examples:\n  tenon disk check qcow2:disk.qcow2\n  tenon disk check qcow2:disk.qcow2 --repair     one whose writer was killed\n\nExit status: 0 if the disk is good, 1 if not."
+    )]
     Check {
         /// The disk: STORE:PLACE[,KEY=VALUE…]
         disk: DiskSpec,
+        /// First put right the reference counts of its qcow2 images
+        #[arg(long)]
+        repair: bool,
         /// Print JSON
         #[arg(long)]
         json: bool,

@@ -36,7 +36,9 @@ pub(crate) fn disk(command: &DiskCommand) -> Result<ExitCode> {
         DiskCommand::Convert { from, to, size, overwrite, plugins } => {
             convert(from, to, *size, *overwrite, &shelf(plugins, &[from, to])?)?
         }
-        DiskCommand::Check { disk, json, plugins } => return check(disk, *json, &shelf(plugins, &[disk])?),
+        DiskCommand::Check { disk, repair, json, plugins } => {
+            return check(disk, *repair, *json, &shelf(plugins, &[disk])?);
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -329,19 +331,46 @@ struct Checked {
 struct Books {
     image: String,
     data_clusters: u64,
+    /// It was not closed in good order.
+    unclean: bool,
     errors: u64,
     lost_clusters: u64,
     told: Vec<String>,
+    /// What was put right before.
+    repaired: Option<Repaired>,
+}
+
+/// Reference counts that were put right.
+#[derive(Serialize)]
+struct Repaired {
+    too_low: u64,
+    too_high: u64,
 }
 
 /// Checks the books of all images that the disk is made of, and reads everything.
-fn check(disk: &DiskSpec, json: bool, shelf: &Shelf) -> Result<ExitCode> {
+fn check(disk: &DiskSpec, repair: bool, json: bool, shelf: &Shelf) -> Result<ExitCode> {
     let mut found = Checked { disk: disk.to_string(), good: true, read: 0, books: Vec::new() };
     for image in disk.images(shelf)? {
         let path = Path::new(&image);
-        let report = qcow2::check(path).with_context(|| format!("`{image}`"))?;
+        let of = || format!("`{image}`");
+        let mut report = qcow2::check(path).with_context(of)?;
+        let mut repaired = None;
+        if repair && (report.errors > 0 || report.leaks > 0 || report.unclean) {
+            let done = qcow2::repair(path).with_context(of)?;
+            report = qcow2::check(path).with_context(of)?;
+            let (too_low, too_high) = (done.clusters, done.lost);
+            if !json {
+                say::print(format!("{image}: put right: {too_low} counts too low, {too_high} too high"))?;
+            }
+            repaired = Some(Repaired { too_low, too_high });
+        }
         for fault in &report.told {
             tell!("tenon: {image}: {fault}");
+        }
+        if report.unclean {
+            tell!(
+                "tenon: {image}: it was not closed in good order; what writes it next puts its counts right, as does `--repair`"
+            );
         }
         found.good &= report.errors == 0;
         if !json {
@@ -353,9 +382,11 @@ fn check(disk: &DiskSpec, json: bool, shelf: &Shelf) -> Result<ExitCode> {
         found.books.push(Books {
             image,
             data_clusters: report.data_clusters,
+            unclean: report.unclean,
             errors: report.errors,
             lost_clusters: report.leaks,
             told: report.told,
+            repaired,
         });
     }
     if found.good {

@@ -34,6 +34,8 @@ pub struct Report {
     pub data_clusters: u64,
     /// Clusters that are counted and not used: lost space, and no danger.
     pub leaks: u64,
+    /// It was not closed in good order: counts may be too low, which the next one that opens it for writing puts right.
+    pub unclean: bool,
     /// Faults that endanger data.
     pub errors: u64,
     /// The first faults, in words.

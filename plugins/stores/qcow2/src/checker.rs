@@ -6,14 +6,14 @@ use std::path::Path;
 use crate::ImageError;
 use crate::books::{Books, Report};
 use crate::header::Header;
-use crate::image::open_file;
+use crate::image::{Locks, open_file};
 
 /// Checks an image that nobody is writing, and writes nothing. What opening the image for writing would put right is an error here.
 ///
 /// # Errors
 /// It is no qcow2 image, has what is not supported, is in use, or cannot be read.
 pub fn check(path: &Path) -> Result<Report, ImageError> {
-    let mut held = Vec::new();
+    let mut held = Locks::default();
     let file = open_file(path, false, true, &mut held)?;
     let header = Header::read(&file)?;
     header.check(false)?;
@@ -23,10 +23,8 @@ pub fn check(path: &Path) -> Result<Report, ImageError> {
         ));
     }
     let mut books = Books::read(&file, &header, false)?;
+    books.report.unclean = header.dirty();
     compare(&mut books, &header)?;
-    for file in &held {
-        crate::lock::unlock(file);
-    }
     Ok(books.report)
 }
 

@@ -72,7 +72,7 @@ pub(crate) struct Image {
 
 impl Image {
     pub(crate) fn open(path: &Path, mode: &Mode) -> Result<Self, ImageError> {
-        let mut locked = Locks(Vec::new());
+        let mut locked = Locks::default();
         let mut grants = Vec::new();
         for granted in &mode.backing {
             let found = fs::canonicalize(granted).map_err(|error| {
@@ -87,7 +87,7 @@ impl Image {
         let mut repaired = None;
         if mode.writable {
             if repair::needed(&file, &header)? {
-                let found = repair::put_right(&file, &header)?;
+                let found = repair::put_right(&file, &header, false)?;
                 repaired = (header.dirty() || found != Repaired::default()).then_some(found);
             }
             repair::trust_refcounts(&file, &header)?;
@@ -386,6 +386,7 @@ impl Drop for Image {
 }
 
 /// Open files that are locked.
+#[derive(Default)]
 pub(crate) struct Locks(Vec<File>);
 
 impl Locks {

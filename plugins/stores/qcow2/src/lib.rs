@@ -45,6 +45,7 @@ use crate::threads::{Threads, Work};
 
 pub use crate::books::Report;
 pub use crate::checker::check;
+pub use crate::repair::{Repaired, repair};
 pub use crate::tools::{Backing, CreateOptions, Info, create, info, resize};
 
 tenon_sdk::export_native_store!(Qcow2Store);

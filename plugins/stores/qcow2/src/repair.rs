@@ -1,18 +1,21 @@
-//! Puts reference counts right that are too low, before an image is written.
+//! Puts reference counts right: those that are too low, before an image is written.
 //!
 //! `imago` keeps new counts in memory and may write the tables that name the clusters sooner. A process that is killed leaves clusters that are used and counted as free, which the
-//! next one would give away again. Here everything that uses a cluster is gone through, and counts are raised to what is used. Counts are only ever raised, and a refcount block is
-//! durable before the refcount table names it, so that being killed in here is as good as not having begun.
+//! next one would give away again. Here everything that uses a cluster is gone through, and counts are raised to what is used. A refcount block is durable before the refcount table
+//! names it, so that being killed in here is as good as not having begun.
 //!
-//! Counts that are too high are lost space, and stay.
+//! Counts that are too high are lost space; they stay, unless [`repair`] is asked for.
 
 use std::fmt::{self, Display, Formatter};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use crate::ImageError;
 use crate::books::{Books, MOST_ENTRIES, MOST_OUTSIDE, Uses, numbers};
 use crate::header::Header;
+use crate::image::{Locks, open_file};
+use crate::mark::Mark;
 
 /// The most L2 tables with which an image is gone through although nothing asks for it.
 const FEW_TABLES: usize = 256;
@@ -21,18 +24,20 @@ const FEW_CLUSTERS: u64 = 4 << 20;
 
 /// What was repaired.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Repaired {
+pub struct Repaired {
     /// Clusters whose counts were too low.
-    pub(crate) clusters: u64,
+    pub clusters: u64,
     /// The first of them.
-    pub(crate) first: u64,
+    pub first: u64,
+    /// Clusters whose counts were too high.
+    pub lost: u64,
     /// Refcount blocks that were missing.
-    pub(crate) blocks: u64,
+    pub blocks: u64,
 }
 
 impl Display for Repaired {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let Self { clusters, first, blocks } = self;
+        let Self { clusters, first, blocks, .. } = self;
         if *clusters == 0 {
             return write!(f, "it was not closed in good order; its reference counts are right");
         }
@@ -63,13 +68,13 @@ pub(crate) fn needed(file: &File, header: &Header) -> Result<bool, ImageError> {
         && few(numbers(file, length, header.l1_offset, header.l1_size.into())?))
 }
 
-/// Goes through the books of an image that nobody else has open, and puts right, durably, what is counted too low.
+/// Goes through the books of an image that nobody else has open, and puts right, durably, what is counted too low, and if `all`, too high.
 ///
 /// # Errors
 /// There is more wrong than counts that are too low: nothing was changed. Or the file cannot be read or written.
-pub(crate) fn put_right(file: &File, header: &Header) -> Result<Repaired, ImageError> {
+pub(crate) fn put_right(file: &File, header: &Header, all: bool) -> Result<Repaired, ImageError> {
     if header.bitmaps {
-        return damaged("it was not closed in good order, and has bitmaps, which are not checked");
+        return damaged("it has bitmaps, which are not checked");
     }
     refcount_table(file, header)?;
     let mut books = Books::read(file, header, true)?;
@@ -113,8 +118,8 @@ pub(crate) fn put_right(file: &File, header: &Header) -> Result<Repaired, ImageE
         let mut counts = books.counts(if fresh { 0 } else { block })?;
         let mut change = fresh;
         for (place, uses) in used.iter().enumerate() {
-            let count = u64::from(uses.count());
-            if count == 0 || counts.get(place) >= count {
+            let (count, counted) = (u64::from(uses.count()), counts.get(place));
+            if counted == count || counted > count && !all {
                 continue;
             }
             let cluster = index as u64 * per_block + place as u64;
@@ -123,6 +128,10 @@ pub(crate) fn put_right(file: &File, header: &Header) -> Result<Repaired, ImageE
             }
             counts.set(place, count);
             change = true;
+            if counted > count {
+                repaired.lost += 1;
+                continue;
+            }
             if repaired.clusters == 0 {
                 repaired.first = cluster;
             }
@@ -148,6 +157,20 @@ pub(crate) fn put_right(file: &File, header: &Header) -> Result<Repaired, ImageE
     }
     // What its last user wrote and did not flush counts from here on, as do the tables that were read above.
     file.sync_all()?;
+    Ok(repaired)
+}
+
+/// Puts the reference counts of an image right that nobody has open: those that are too low, which endanger data, and those that are too high, which are lost space.
+///
+/// # Errors
+/// There is more wrong than counts, or it has what is not supported: nothing was changed. Or it is no qcow2 image, is in use, or cannot be read or written.
+pub fn repair(path: &Path) -> Result<Repaired, ImageError> {
+    let mut locks = Locks::default();
+    let file = open_file(path, true, true, &mut locks)?;
+    let header = Header::read(&file)?;
+    header.check(true)?;
+    let repaired = put_right(&file, &header, true)?;
+    Mark::new(file, &header).clear()?;
     Ok(repaired)
 }
 

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use support::{Bench, Random, everything};
-use tenon_store_qcow2::{CreateOptions, PLUGIN, check, create};
+use tenon_store_qcow2::{CreateOptions, PLUGIN, check, create, repair};
 
 const MIB: u64 = 1 << 20;
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
@@ -179,6 +179,36 @@ fn counts_that_are_too_low_are_put_right() {
             }
             image.opens_repaired(&format!("{what}, clusters of {cluster_size}"));
         }
+    }
+}
+
+#[test]
+fn a_repair_finds_lost_space_as_well() {
+    let folder = folder();
+    for cluster_size in [512, 65536] {
+        let mut image = Image::new(folder.path(), cluster_size);
+        // One cluster is named no more, the next one is counted as free.
+        let gone = usize::try_from(cluster_size).unwrap();
+        image.free(image.get(image.l2() + 8) & OFFSET);
+        image.set(image.l2(), 0);
+        image.model[..gone].fill(0);
+        image.mark();
+        let report = check(&image.path).unwrap();
+        assert!(report.unclean && report.errors > 0 && report.leaks == 1, "{report:?}");
+        let held = open(&image.path, true).unwrap();
+        assert!(repair(&image.path).unwrap_err().to_string().contains("in use"));
+        drop(held);
+        let repaired = repair(&image.path).unwrap();
+        assert_eq!((repaired.clusters, repaired.lost, repaired.blocks), (1, 1, 0));
+        let report = check(&image.path).unwrap();
+        assert!(!report.unclean && (report.errors, report.leaks) == (0, 0), "{report:?}");
+        let mut bench = open(&image.path, false).unwrap();
+        assert!(bench.log().is_empty() && everything(&mut bench) == image.model);
+        image.write(&mut bench, 0);
+        assert!(everything(&mut bench) == image.model);
+        bench.close().unwrap();
+        assert_eq!(check(&image.path).unwrap().leaks, 0);
+        assert_ne!(qemus(&image.path), Some(false));
     }
 }
 
