@@ -29,13 +29,18 @@ pub(super) fn run(rounds: u32) -> Result<()> {
     let debian = guests::debian(false)?;
     let (mut tenons, mut qemus) = (Vec::new(), Vec::new());
     for round in 1..=rounds {
-        tenons.push(seconds_to_shell(&mut tenon_boot(&debian)?)?);
+        let tenon = seconds_to_shell(&mut tenon_boot(&debian)?)?;
+        tenons.push(tenon);
         match seconds_to_shell(&mut qemu_boot(&debian)) {
-            Ok(seconds) => qemus.push(seconds),
+            Ok(qemu) => {
+                qemus.push(qemu);
+                eprintln!("bench: round {round}: tenon {tenon:.2} s, QEMU {qemu:.2} s");
+            }
             // QEMU 7.2's microvm now and then does not start this kernel.
-            Err(error) => eprintln!("bench: round {round}: not counted: {error:#}"),
+            Err(error) => {
+                eprintln!("bench: round {round}: tenon {tenon:.2} s; QEMU is not counted: {error:#}")
+            }
         }
-        eprintln!("bench: round {round}: tenon {:.2?} s, qemu {:.2?} s", tenons.last(), qemus.last());
     }
     if qemus.is_empty() {
         bail!("QEMU never reached the guest's shell");

@@ -33,9 +33,11 @@ pub(super) fn run(rounds: u32) -> Result<()> {
     let disk = guests::disk(false)?;
     let (mut tenons, mut qemus) = (Vec::new(), Vec::new());
     for round in 1..=rounds {
-        tenons.push(seconds_to_login(&mut tenon_boot(&disk)?)?);
-        qemus.push(seconds_to_login(&mut qemu_boot(&disk))?);
-        eprintln!("bench: round {round}: tenon {:.1?} s, qemu {:.1?} s", tenons.last(), qemus.last());
+        let tenon = seconds_to_login(&mut tenon_boot(&disk)?)?;
+        let qemu = seconds_to_login(&mut qemu_boot(&disk))?;
+        eprintln!("bench: round {round}: tenon {tenon:.1} s, QEMU {qemu:.1} s");
+        tenons.push(tenon);
+        qemus.push(qemu);
     }
     let (ours, theirs) = (median(tenons), median(qemus));
     let report = Report { tenon_seconds: ours, qemu_seconds: theirs, ratio: ours / theirs };

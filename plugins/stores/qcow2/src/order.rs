@@ -1,8 +1,8 @@
 //! What of an image must be durable before what, so that after a power failure all is there that was flushed before.
 //!
 //! `imago` writes what a table names before it writes the table, which is enough where a process is killed. A disk that loses its power may have kept the later write and not the
-//! earlier one. So before an L2 table, an entry of the L1 table or the header is written, everything else that was written is made durable. Refcount tables need no order: `repair` puts
-//! them right.
+//! earlier one. So before an L2 table, an entry of the L1 table or the header is written, the data and the new tables that were written are made durable. Reference counts need no order:
+//! `repair` puts them right.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -31,35 +31,66 @@ pub(crate) struct Order {
     lost: AtomicBool,
 }
 
-/// Where the tables are that name clusters.
+/// A table of offsets, and what they name.
+#[derive(Debug)]
+struct Index {
+    table: Range<u64>,
+    /// Some of it may have been something else since.
+    named: HashSet<u64>,
+}
+
+impl Index {
+    fn read(file: &File, offset: u64, entries: u64) -> io::Result<Self> {
+        let table = offset..offset.saturating_add(entries * 8);
+        let mut index = Self { table, named: HashSet::new() };
+        index.add(numbers(file, file.metadata()?.len(), offset, entries)?);
+        Ok(index)
+    }
+
+    fn add(&mut self, entries: impl IntoIterator<Item = u64>) {
+        self.named.extend(entries.into_iter().map(|entry| entry & OFFSET).filter(|offset| *offset != 0));
+    }
+
+    /// Takes what was written to a range that meets the table.
+    fn written(&mut self, offset: u64, bytes: &[u8]) {
+        let first = usize::try_from(self.table.start.saturating_sub(offset)).unwrap_or(usize::MAX);
+        let entries = bytes.get(first..).unwrap_or(&[]).as_chunks::<8>().0;
+        self.add(entries.iter().map(|entry| u64::from_be_bytes(*entry)));
+    }
+
+    fn meets(&self, offset: u64, length: u64) -> bool {
+        offset < self.table.end && offset.saturating_add(length) > self.table.start
+    }
+}
+
+/// Where an image's tables are.
 #[derive(Debug)]
 struct Tables {
-    l1: Range<u64>,
-    /// Offsets of L2 tables, some of which may be none any more.
-    l2: HashSet<u64>,
+    l1: Index,
+    refcounts: Index,
 }
 
 impl Tables {
     fn read(file: &File) -> Result<Self, ImageError> {
         let header = Header::read(file)?;
-        let entries = numbers(file, file.metadata()?.len(), header.l1_offset, header.l1_size.into())?;
-        let end = header.l1_offset.saturating_add(u64::from(header.l1_size) * 8);
-        let mut tables = Self { l1: header.l1_offset..end, l2: HashSet::new() };
-        tables.add(entries);
-        Ok(tables)
-    }
-
-    fn add(&mut self, l1: impl IntoIterator<Item = u64>) {
-        self.l2.extend(l1.into_iter().map(|entry| entry & OFFSET).filter(|offset| *offset != 0));
+        let refcounts = (u64::from(header.refcount_clusters) << header.cluster_bits) / 8;
+        Ok(Self {
+            l1: Index::read(file, header.l1_offset, header.l1_size.into())?,
+            refcounts: Index::read(file, header.refcount_offset, refcounts)?,
+        })
     }
 
     fn what(&self, offset: u64, length: u64) -> What {
         if offset < HEADER {
             What::Header
-        } else if offset < self.l1.end && offset.saturating_add(length) > self.l1.start {
+        } else if self.l1.meets(offset, length) {
             What::L1
-        } else if self.l2.contains(&offset) {
+        } else if self.refcounts.meets(offset, length) {
+            What::RefcountTable
+        } else if self.l1.named.contains(&offset) {
             What::L2
+        } else if self.refcounts.named.contains(&offset) {
+            What::RefcountBlock
         } else {
             What::Other
         }
@@ -72,8 +103,22 @@ pub(crate) enum What {
     Header,
     L1,
     L2,
+    RefcountTable,
+    RefcountBlock,
     /// What a table may name: data, and tables that nothing names yet.
     Other,
+}
+
+impl What {
+    /// It names what is written otherwise, which must be there before.
+    fn waits(self) -> bool {
+        matches!(self, Self::Header | Self::L1 | Self::L2)
+    }
+
+    /// What is written to it must be known.
+    pub(crate) fn is_index(self) -> bool {
+        matches!(self, Self::L1 | Self::RefcountTable)
+    }
 }
 
 impl Order {
@@ -87,7 +132,7 @@ impl Order {
     /// Goes before a write of the image's file: waits for what must be durable before it.
     pub(crate) fn before(&self, offset: u64, length: u64) -> io::Result<What> {
         let what = self.tables.read().unwrap_or_else(PoisonError::into_inner).what(offset, length);
-        if what != What::Other {
+        if what.waits() {
             let mut durable = self.durable.lock().unwrap_or_else(PoisonError::into_inner);
             let written = self.written.load(Ordering::Acquire);
             if *durable < written {
@@ -98,18 +143,14 @@ impl Order {
         Ok(what)
     }
 
-    /// Goes after a write that has succeeded. Of a write to the L1 table, `bytes` are what was written.
+    /// Goes after a write that has succeeded. Of a write to an index, `bytes` are what was written.
     pub(crate) fn after(&self, what: What, offset: u64, bytes: &[u8]) -> io::Result<()> {
         let tables = || self.tables.write().unwrap_or_else(PoisonError::into_inner);
         match what {
             What::Header => *tables() = Tables::read(&self.file).map_err(io::Error::other)?,
-            What::L1 => {
-                let mut tables = tables();
-                let first = usize::try_from(tables.l1.start.saturating_sub(offset)).unwrap_or(usize::MAX);
-                let entries = bytes.get(first..).unwrap_or(&[]).as_chunks::<8>().0;
-                tables.add(entries.iter().map(|entry| u64::from_be_bytes(*entry)));
-            }
-            What::L2 => {}
+            What::L1 => tables().l1.written(offset, bytes),
+            What::RefcountTable => tables().refcounts.written(offset, bytes),
+            What::L2 | What::RefcountBlock => {}
             What::Other => {
                 self.written.fetch_add(1, Ordering::Release);
             }

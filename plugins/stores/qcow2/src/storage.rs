@@ -14,7 +14,7 @@ use imago::{Storage, StorageOpenOptions};
 
 use crate::ImageError;
 use crate::mark::{BYTE, DIRTY};
-use crate::order::{Order, What};
+use crate::order::Order;
 
 /// A file of an image.
 #[derive(Debug)]
@@ -100,7 +100,7 @@ impl Storage for ImageFile {
         };
         let what = order.before(offset, from.len())?;
         let mut bytes = Vec::new();
-        if what == What::L1 {
+        if what.is_index() {
             bytes.resize(usize::try_from(from.len()).unwrap_or(0), 0);
             from.copy_into_slice(&mut bytes);
         }
