@@ -4,10 +4,11 @@
 //! earlier one. So before an L2 table, an entry of the L1 table or the header is written, the data and the new tables that were written are made durable. Reference counts need no order:
 //! `repair` puts them right.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
 
@@ -27,7 +28,9 @@ pub(crate) struct Order {
     written: AtomicU64,
     /// How many of these are durable. Held by whoever makes more so.
     durable: Mutex<u64>,
-    /// They could not be made durable: the kernel tells of that once and forgets.
+    /// Entries of an index that could not be written, by their offsets: `imago` takes them for written and goes on with what they name.
+    unwritten: Mutex<BTreeMap<u64, Vec<u8>>>,
+    /// Writes could not be made durable: the kernel tells of that once and forgets.
     lost: AtomicBool,
 }
 
@@ -125,8 +128,9 @@ impl Order {
     /// The order of an image that is in `file` and will be written.
     pub(crate) fn new(file: File) -> Result<Self, ImageError> {
         let tables = RwLock::new(Tables::read(&file)?);
+        let unwritten = Mutex::new(BTreeMap::new());
         let (written, lost) = (AtomicU64::new(0), AtomicBool::new(false));
-        Ok(Self { file, tables, written, durable: Mutex::new(0), lost })
+        Ok(Self { file, tables, written, durable: Mutex::new(0), unwritten, lost })
     }
 
     /// Goes before a write of the image's file: waits for what must be durable before it.
@@ -143,19 +147,37 @@ impl Order {
         Ok(what)
     }
 
-    /// Goes after a write that has succeeded. Of a write to an index, `bytes` are what was written.
-    pub(crate) fn after(&self, what: What, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        let tables = || self.tables.write().unwrap_or_else(PoisonError::into_inner);
+    /// Goes after a write, not to an index, that has succeeded.
+    pub(crate) fn after(&self, what: What) -> io::Result<()> {
         match what {
-            What::Header => *tables() = Tables::read(&self.file).map_err(io::Error::other)?,
-            What::L1 => tables().l1.written(offset, bytes),
-            What::RefcountTable => tables().refcounts.written(offset, bytes),
-            What::L2 | What::RefcountBlock => {}
+            What::Header => {
+                let tables = Tables::read(&self.file).map_err(io::Error::other)?;
+                *self.tables.write().unwrap_or_else(PoisonError::into_inner) = tables;
+            }
             What::Other => {
                 self.written.fetch_add(1, Ordering::Release);
             }
+            _ => {}
         }
         Ok(())
+    }
+
+    /// Goes after a write to an index. If it failed, the next sync repeats it, for `imago` goes on as if it had not.
+    pub(crate) fn after_index(
+        &self,
+        what: What,
+        offset: u64,
+        bytes: Vec<u8>,
+        outcome: io::Result<()>,
+    ) -> io::Result<()> {
+        let mut tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
+        let index = if what == What::L1 { &mut tables.l1 } else { &mut tables.refcounts };
+        index.written(offset, &bytes);
+        let mut unwritten = self.unwritten.lock().unwrap_or_else(PoisonError::into_inner);
+        unwritten.remove(&offset);
+        outcome.inspect_err(|_| {
+            unwritten.insert(offset, bytes);
+        })
     }
 
     /// Makes everything durable whose write has ended, beside other reads and writes. Once this fails it does so for good.
@@ -163,6 +185,12 @@ impl Order {
         if self.lost.load(Ordering::Acquire) {
             return Err(io::Error::other("an earlier flush failed"));
         }
+        let mut unwritten = self.unwritten.lock().unwrap_or_else(PoisonError::into_inner);
+        while let Some(entry) = unwritten.first_entry() {
+            self.file.write_all_at(entry.get(), *entry.key())?;
+            entry.remove();
+        }
+        drop(unwritten);
         self.file.sync_data().inspect_err(|_| self.lost.store(true, Ordering::Release))
     }
 }

@@ -39,7 +39,7 @@ impl ImageFile {
         let Some(order) = &self.order else { return change() };
         let what = order.before(offset, length)?;
         change()?;
-        order.after(what, offset, &[])
+        order.after(what)
     }
 }
 
@@ -99,14 +99,16 @@ impl Storage for ImageFile {
             return unsafe { self.file.pure_writev(from, offset) };
         };
         let what = order.before(offset, from.len())?;
-        let mut bytes = Vec::new();
         if what.is_index() {
-            bytes.resize(usize::try_from(from.len()).unwrap_or(0), 0);
+            let mut bytes = vec![0; usize::try_from(from.len()).unwrap_or(0)];
             from.copy_into_slice(&mut bytes);
+            // SAFETY: as promised to this.
+            let outcome = unsafe { self.file.pure_writev(from, offset) };
+            return order.after_index(what, offset, bytes, outcome);
         }
         // SAFETY: as promised to this.
         unsafe { self.file.pure_writev(from, offset)? };
-        order.after(what, offset, &bytes)
+        order.after(what)
     }
 
     unsafe fn pure_write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {

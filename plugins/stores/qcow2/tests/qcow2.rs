@@ -391,6 +391,42 @@ fn a_full_file_system_is_no_space_and_no_flush_that_failed_is_success() {
 }
 
 #[test]
+fn a_table_whose_name_could_not_be_written_at_first_is_not_lost() {
+    let disk = tempfile::tempdir().unwrap();
+    let mounted =
+        Command::new("mount").args(["-t", "tmpfs", "-o", "size=1m", "tenon-test"]).arg(disk.path()).status();
+    if !mounted.is_ok_and(|status| status.success()) {
+        return println!("not run: mounting a tmpfs needs root");
+    }
+    let path = disk.path().join("disk.qcow2");
+    create(&path, Some(16 * MIB), &CreateOptions { cluster_size: 4096, ..Default::default() }).unwrap();
+    let header = fs::read(&path).unwrap();
+    let l1 = u64::from_be_bytes(header[40..48].try_into().unwrap());
+    // No page of zeroes is there, the L1 table's neither: writing to it takes space.
+    let sparse = disk.path().join("sparse.qcow2");
+    assert!(Command::new("cp").arg("--sparse=always").args([&path, &sparse]).status().unwrap().success());
+    fs::rename(&sparse, &path).unwrap();
+    let mut bench = open(&path, &[]).unwrap();
+    // There is space for the L2 table, and for nothing else.
+    let filler = disk.path().join("filler");
+    let _ = fs::write(&filler, vec![1; 2 << 20]);
+    let length = fs::metadata(&filler).unwrap().len() / 4096 * 4096;
+    fs::File::options().write(true).open(&filler).unwrap().set_len(length - 4096).unwrap();
+    assert_eq!(bench.write(0, &[7; 4096]), Err(StoreError::NoSpace));
+    let table = &fs::read(&path).unwrap()[usize::try_from(l1).unwrap()..][..8];
+    assert_eq!(table, [0; 8], "the L1 entry could be written");
+    fs::remove_file(filler).unwrap();
+    bench.write(0, &[8; 4096]).unwrap();
+    bench.flush().unwrap();
+    drop(bench);
+    let mut bench = open(&path, &[("readonly", "yes")]).unwrap();
+    assert!(bench.read(0, 4096).unwrap() == [8; 4096], "what was flushed is not there");
+    drop(bench);
+    assert_eq!(check(&path).unwrap().errors, 0);
+    let _ = Command::new("umount").arg(disk.path()).status();
+}
+
+#[test]
 fn images_are_made_described_and_checked() {
     let folder = folder();
     let path = image(&folder, 10 * MIB);
