@@ -7,7 +7,8 @@
 //! - `header`: what an image says about itself, checked before anything acts on it;
 //! - `layers`: opens an image and what it stands on, over `storage`;
 //! - `mark`, `books` and `repair`: what a process that was killed leaves, found and put right before anything is written;
-//! - [`create`], [`info`], [`resize`] and [`check`]: what else is done with images, for the command line.
+//! - `order`: what is durable before what, so that a power failure leaves what was flushed;
+//! - [`create`], [`info`], [`resize`], [`check`] and [`repair`](fn@repair): what else is done with images, for the command line.
 //!
 //! A backing file is opened only when it was granted by name: an image from elsewhere may name any file of this host.
 //!
