@@ -345,6 +345,8 @@ struct Books {
 struct Repaired {
     too_low: u64,
     too_high: u64,
+    /// Clusters in use that lay behind the end of the file, and read as zeroes.
+    behind_end: u64,
 }
 
 /// Checks the books of all images that the disk is made of, and reads everything.
@@ -358,11 +360,11 @@ fn check(disk: &DiskSpec, repair: bool, json: bool, shelf: &Shelf) -> Result<Exi
         if repair && (report.errors > 0 || report.leaks > 0 || report.unclean) {
             let done = qcow2::repair(path).with_context(of)?;
             report = qcow2::check(path).with_context(of)?;
-            let (too_low, too_high) = (done.clusters, done.lost);
             if !json {
-                say::print(format!("{image}: put right: {too_low} counts too low, {too_high} too high"))?;
+                say::print(format!("{image}: {done}"))?;
             }
-            repaired = Some(Repaired { too_low, too_high });
+            repaired =
+                Some(Repaired { too_low: done.clusters, too_high: done.lost, behind_end: done.behind });
         }
         for fault in &report.told {
             tell!("tenon: {image}: {fault}");

@@ -21,8 +21,8 @@ const MOST_TOLD: usize = 100;
 /// The bits of an L1 or L2 entry that are an offset.
 pub(crate) const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// The cluster is used once, here.
-const COPIED: u64 = 1 << 63;
-const COMPRESSED: u64 = 1 << 62;
+pub(crate) const COPIED: u64 = 1 << 63;
+pub(crate) const COMPRESSED: u64 = 1 << 62;
 /// Bits of an L1 entry, and of an L2 entry that is not compressed, that must be 0. Bit 0 of the latter is for zeroes, from version 3 on.
 const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
 const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
@@ -51,15 +51,17 @@ impl Report {
     }
 }
 
-/// How a cluster is used: 14 bits of how often, and two of by what.
+/// How a cluster is used: 13 bits of how often, and three of by what.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Uses(u16);
 
 impl Uses {
     /// More cannot be told apart.
-    pub(crate) const MOST: u16 = (1 << 14) - 1;
+    pub(crate) const MOST: u16 = (1 << 13) - 1;
     /// One use says that it is the only one.
-    const ONLY: u16 = 1 << 14;
+    const ONLY: u16 = 1 << 13;
+    /// One use could say that, and does not.
+    const SHARED: u16 = 1 << 14;
     /// One use is as a table, which may have no other.
     const TABLE: u16 = 1 << 15;
 
@@ -81,6 +83,11 @@ impl Uses {
     /// One use says that it is the only one.
     pub(crate) fn only(self) -> bool {
         self.0 & Self::ONLY != 0
+    }
+
+    /// One use could say that it is the only one, and does not.
+    pub(crate) fn shared(self) -> bool {
+        self.0 & Self::SHARED != 0
     }
 
     /// There are more uses than can be right: writing one of them would change the others.
@@ -154,7 +161,7 @@ impl<'a> Books<'a> {
                 self.report.fault(|| format!("the L1 entry {l1:#x} has reserved bits"));
             }
             let l2 = l1 & OFFSET;
-            let only = if l1 & COPIED != 0 { Uses::ONLY } else { 0 };
+            let only = if l1 & COPIED != 0 { Uses::ONLY } else { Uses::SHARED };
             if l2 == 0 || !self.uses(l2, 1, Uses::TABLE | only, "an L2 table") {
                 continue;
             }
@@ -192,7 +199,8 @@ impl<'a> Books<'a> {
         let offset = entry & OFFSET;
         if offset != 0 {
             self.report.data_clusters += 1;
-            self.uses(offset, 1, if entry & COPIED != 0 { Uses::ONLY } else { 0 }, "a cluster");
+            let only = if entry & COPIED != 0 { Uses::ONLY } else { Uses::SHARED };
+            self.uses(offset, 1, only, "a cluster");
         }
     }
 

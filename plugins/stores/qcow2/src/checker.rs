@@ -42,14 +42,17 @@ fn compare(books: &mut Books<'_>, header: &Header) -> io::Result<()> {
             }
             if counted > count {
                 books.report.leaks += 1;
-            } else if counted < count {
-                books
-                    .report
-                    .fault(|| format!("cluster {cluster} is used {count} times and counted {counted} times"));
             }
-            if counted != 1 && uses.only() {
+            if counted < count {
+                let what = || format!("cluster {cluster} is used {count} times and counted {counted} times");
+                books.report.fault(what);
+            } else if counted != 1 && uses.only() {
                 books.report.fault(|| {
                     format!("cluster {cluster} is said to be used once, but is counted {counted} times")
+                });
+            } else if counted == 1 && uses.shared() {
+                books.report.fault(|| {
+                    format!("cluster {cluster} is used and counted once, but its entry does not say so")
                 });
             }
             cluster += 1;

@@ -155,6 +155,12 @@ impl Header {
                 self.size
             )));
         }
+        if writable && self.bitmaps {
+            return Err(ImageError::Unsupported(
+                "it has bitmaps, with which it can only be read: `readonly`, or `qemu-img bitmap --remove`"
+                    .into(),
+            ));
+        }
         if writable && self.snapshots > 0 {
             return Err(ImageError::Unsupported(
                 "it has internal snapshots, with which it can only be read: `readonly`, or `qemu-img snapshot -d`".into(),

@@ -26,7 +26,7 @@ pub(crate) fn open_layer(
         Some(name) => Some(open_backing(path, name, header, mode, grants, locked)?),
     };
     let writable = mode.writable;
-    let image = Qcow2::<ImageFile>::builder(ImageFile::new(path, file, writable, header.version >= 3)?)
+    let image = Qcow2::<ImageFile>::builder(ImageFile::new(path, file, writable, Some(header))?)
         .write(writable)
         .backing(backing)
         .data_file(None)
@@ -60,7 +60,7 @@ fn open_backing(
     let file = open_file(&path, false, mode.lock, locked).map_err(of)?;
     match header.backing_format.as_deref() {
         Some("raw") => {
-            let raw = ImageFile::new(&path, file, false, false)
+            let raw = ImageFile::new(&path, file, false, None)
                 .and_then(|storage| Ok(Raw::builder(storage).open(DenyImplicitOpenGate::default())?));
             Ok(FormatAccess::new(raw.map_err(of)?))
         }

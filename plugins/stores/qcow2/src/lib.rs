@@ -107,7 +107,7 @@ impl NativeStore for Qcow2Store {
             }
         })?;
         if let Some(repaired) = &image.repaired {
-            completions.log(Level::Warn, &format!("`{path}`: {repaired}"));
+            completions.log(Level::Warn, &format!("`{path}` was not closed in good order: {repaired}"));
         }
         let image = Arc::new(image);
         let info = store_info(&image);

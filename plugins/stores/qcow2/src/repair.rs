@@ -6,13 +6,15 @@
 //!
 //! Counts that are too high are lost space; they stay, unless [`repair`] is asked for.
 
+use std::collections::HashSet;
 use std::fmt::{self, Display, Formatter};
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use crate::ImageError;
-use crate::books::{Books, MOST_ENTRIES, MOST_OUTSIDE, Uses, numbers};
+use crate::books::{Books, COMPRESSED, COPIED, MOST_ENTRIES, MOST_OUTSIDE, OFFSET, Uses, numbers};
 use crate::header::Header;
 use crate::image::{Locks, open_file};
 use crate::mark::Mark;
@@ -31,21 +33,36 @@ pub struct Repaired {
     pub first: u64,
     /// Clusters whose counts were too high.
     pub lost: u64,
+    /// Entries that did not say that theirs is the only use of a cluster.
+    pub entries: u64,
     /// Refcount blocks that were missing.
     pub blocks: u64,
+    /// Clusters in use that lay behind the end of the file, and read as zeroes.
+    pub behind: u64,
 }
 
 impl Display for Repaired {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let Self { clusters, first, blocks, .. } = self;
-        if *clusters == 0 {
-            return write!(f, "it was not closed in good order; its reference counts are right");
+        let Self { clusters, first, lost, entries, blocks, behind } = self;
+        let parts = [
+            (
+                clusters,
+                format!("{clusters} clusters in use, the first of them {first}, were counted too low"),
+            ),
+            (lost, format!("{lost} clusters were counted too high")),
+            (
+                entries,
+                format!("{entries} entries did not say that they are the only ones with their clusters"),
+            ),
+            (blocks, format!("{blocks} refcount blocks were missing")),
+            (behind, format!("{behind} clusters in use lay behind the end of the file and read as zeroes")),
+        ];
+        let parts: Vec<String> =
+            parts.into_iter().filter(|(count, _)| **count > 0).map(|(_, part)| part).collect();
+        if parts.is_empty() {
+            return f.write_str("its books are right");
         }
-        write!(
-            f,
-            "it was not closed in good order: {clusters} clusters in use, the first of them {first}, were counted too low, which was put right"
-        )?;
-        if *blocks > 0 { write!(f, "; {blocks} refcount blocks were missing") } else { Ok(()) }
+        write!(f, "{}; this was put right", parts.join("; "))
     }
 }
 
@@ -63,8 +80,7 @@ pub(crate) fn needed(file: &File, header: &Header) -> Result<bool, ImageError> {
     }
     let length = file.metadata()?.len();
     let few = |entries: Vec<u64>| entries.iter().filter(|entry| **entry != 0).count() <= FEW_TABLES;
-    Ok(!header.bitmaps
-        && length.div_ceil(header.cluster_size()) <= FEW_CLUSTERS
+    Ok(length.div_ceil(header.cluster_size()) <= FEW_CLUSTERS
         && few(numbers(file, length, header.l1_offset, header.l1_size.into())?))
 }
 
@@ -73,11 +89,9 @@ pub(crate) fn needed(file: &File, header: &Header) -> Result<bool, ImageError> {
 /// # Errors
 /// There is more wrong than counts that are too low: nothing was changed. Or the file cannot be read or written.
 pub(crate) fn put_right(file: &File, header: &Header, all: bool) -> Result<Repaired, ImageError> {
-    if header.bitmaps {
-        return damaged("it has bitmaps, which are not checked");
-    }
     refcount_table(file, header)?;
-    let mut books = Books::read(file, header, true)?;
+    // What was closed in good order names nothing behind the file's end, unless a part of the file is missing.
+    let mut books = Books::read(file, header, header.dirty())?;
     if let Some(fault) = books.report.told.first() {
         return damaged(fault);
     }
@@ -90,9 +104,11 @@ pub(crate) fn put_right(file: &File, header: &Header, all: bool) -> Result<Repai
     let last = books.used.iter().rposition(|uses| uses.count() > 0).map_or(0, |last| last as u64 + 1);
     let mut end = last.max(length.div_ceil(size));
     books.used.truncate(usize::try_from(end).unwrap_or(usize::MAX));
+    let mut repaired = Repaired::default();
+    let inside = usize::try_from(length.div_ceil(size)).unwrap_or(usize::MAX);
+    repaired.behind = books.used.iter().skip(inside).filter(|uses| uses.count() > 0).count() as u64;
 
     // Blocks that are missing go behind the end.
-    let mut repaired = Repaired::default();
     let mut new = Vec::new();
     let mut index = 0;
     while (index as u64) < end.div_ceil(per_block) {
@@ -111,6 +127,7 @@ pub(crate) fn put_right(file: &File, header: &Header, all: bool) -> Result<Repai
 
     // Everything is looked at before anything is written.
     let mut changed = Vec::new();
+    let mut alone = HashSet::new();
     let chunk = usize::try_from(per_block).unwrap_or(usize::MAX);
     for (index, used) in books.used.chunks(chunk).enumerate() {
         let block = books.blocks[index];
@@ -119,10 +136,14 @@ pub(crate) fn put_right(file: &File, header: &Header, all: bool) -> Result<Repai
         let mut change = fresh;
         for (place, uses) in used.iter().enumerate() {
             let (count, counted) = (u64::from(uses.count()), counts.get(place));
-            if counted == count || counted > count && !all {
+            let cluster = index as u64 * per_block + place as u64;
+            let right = if all { count } else { count.max(counted) };
+            if right == 1 && uses.shared() {
+                alone.insert(cluster);
+            }
+            if counted == right {
                 continue;
             }
-            let cluster = index as u64 * per_block + place as u64;
             if count > counts.most() || uses.count() == Uses::MOST {
                 return damaged(&format!("cluster {cluster} is used more often than can be counted"));
             }
@@ -155,9 +176,44 @@ pub(crate) fn put_right(file: &File, header: &Header, all: bool) -> Result<Repai
     for (index, block) in &new {
         file.write_all_at(&block.to_be_bytes(), header.refcount_offset + *index as u64 * 8)?;
     }
+    repaired.entries = say_only(file, header, &alone)?;
     // What its last user wrote and did not flush counts from here on, as do the tables that were read above.
     file.sync_all()?;
     Ok(repaired)
+}
+
+/// Has the entries of these clusters, which are used and counted once, say so. Gives how many did not.
+fn say_only(file: &File, header: &Header, alone: &HashSet<u64>) -> io::Result<u64> {
+    if alone.is_empty() {
+        return Ok(0);
+    }
+    let (bits, length) = (header.cluster_bits, file.metadata()?.len());
+    let changed = |entry: u64, is_l1: bool| {
+        let told = entry & COPIED != 0 || !is_l1 && entry & COMPRESSED != 0;
+        !told && alone.contains(&((entry & OFFSET) >> bits))
+    };
+    let mut found = 0;
+    let mut set = |at: u64, entry: u64| {
+        found += 1;
+        file.write_all_at(&(entry | COPIED).to_be_bytes(), at)
+    };
+    for (l1_at, l1) in
+        (header.l1_offset..).step_by(8).zip(numbers(file, length, header.l1_offset, header.l1_size.into())?)
+    {
+        if l1 & OFFSET == 0 {
+            continue;
+        }
+        if changed(l1, true) {
+            set(l1_at, l1)?;
+        }
+        let l2 = l1 & OFFSET;
+        for (at, entry) in (l2..).step_by(8).zip(numbers(file, length, l2, header.cluster_size() / 8)?) {
+            if changed(entry, false) {
+                set(at, entry)?;
+            }
+        }
+    }
+    Ok(found)
 }
 
 /// Puts the reference counts of an image right that nobody has open: those that are too low, which endanger data, and those that are too high, which are lost space.

@@ -13,6 +13,7 @@ use imago::storage::drivers::CommonStorageHelper;
 use imago::{Storage, StorageOpenOptions};
 
 use crate::ImageError;
+use crate::header::Header;
 use crate::mark::{BYTE, DIRTY};
 use crate::order::Order;
 
@@ -22,16 +23,28 @@ pub(crate) struct ImageFile {
     file: imago::file::File,
     /// The file begins with a header of version 3.
     header: bool,
+    /// Bytes of a cluster, if the file is an image.
+    cluster_size: Option<u64>,
     /// It will be written.
     order: Option<Order>,
 }
 
 impl ImageFile {
-    /// `header`: the file begins with a header of version 3. Only images are written.
-    pub(crate) fn new(path: &Path, file: fs::File, writable: bool, header: bool) -> Result<Self, ImageError> {
+    /// `header`: that of an image. Only images are written.
+    pub(crate) fn new(
+        path: &Path,
+        file: fs::File,
+        writable: bool,
+        header: Option<&Header>,
+    ) -> Result<Self, ImageError> {
         let order = if writable { Some(Order::new(file.try_clone()?)?) } else { None };
         let options = StorageOpenOptions::new().filename(path).write(writable);
-        Ok(Self { file: imago::file::File::from_open_file(file, options)?, header, order })
+        Ok(Self {
+            file: imago::file::File::from_open_file(file, options)?,
+            header: header.is_some_and(|header| header.version >= 3),
+            cluster_size: header.map(Header::cluster_size),
+            order,
+        })
     }
 
     /// Changes a range of the file, in order, to what names no cluster.
@@ -79,6 +92,12 @@ impl Storage for ImageFile {
     }
 
     unsafe fn pure_readv(&self, mut into: IoVectorMut<'_>, offset: u64) -> io::Result<()> {
+        // A file that is too short was not copied as a whole, and what is missing is not zero.
+        if let Some(size) = self.cluster_size
+            && offset >= self.file.size()?.next_multiple_of(size)
+        {
+            return Err(io::Error::other("the image's file ends before it"));
+        }
         if !self.header || offset > BYTE || offset + into.len() <= BYTE {
             // SAFETY: as promised to this.
             return unsafe { self.file.pure_readv(into, offset) };

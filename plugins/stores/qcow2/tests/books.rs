@@ -213,6 +213,57 @@ fn a_repair_finds_lost_space_as_well() {
 }
 
 #[test]
+fn an_image_whose_end_is_missing_is_not_made_whole_with_zeroes() {
+    let folder = folder();
+    let image = Image::new(folder.path(), 4096);
+    let length = image.file.metadata().unwrap().len();
+    // The last cluster only, and much.
+    for missing in [4096, MIB + 512] {
+        image.file.set_len(length - missing).unwrap();
+        image.is_refused(&format!("{missing} bytes are missing"));
+        assert!(repair(&image.path).unwrap_err().to_string().contains("where none can be"));
+        let mut bench = open(&image.path, true).unwrap();
+        bench.read(0, MIB).unwrap();
+        if missing > MIB {
+            assert!(bench.read(4 * MIB, MIB).is_err(), "zeroes in the place of data");
+        }
+    }
+    // One that was not closed may have lost what was not flushed, which is told.
+    image.mark();
+    let repaired = repair(&image.path).unwrap();
+    assert!(repaired.behind > 255 && repaired.to_string().contains("behind the end"), "{repaired}");
+    assert_eq!(check(&image.path).unwrap().errors, 0);
+}
+
+#[test]
+fn space_of_a_snapshot_that_is_gone_is_found_and_entries_say_that_they_are_alone() {
+    let folder = folder();
+    let image = Image::new(folder.path(), 65536);
+    let qemu = |words: &[&str]| Command::new("qemu-img").args(words).arg(&image.path).status();
+    let Ok(made) = qemu(&["snapshot", "-c", "before"]) else {
+        return println!("not run: there is no qemu-img (package qemu-utils)");
+    };
+    assert!(made.success());
+    assert!(repair(&image.path).unwrap_err().to_string().contains("snapshots"));
+    // As if deleting it had been cut short.
+    image.file.write_all_at(&[0; 12], 60).unwrap();
+    let report = check(&image.path).unwrap();
+    assert!(report.errors == 0 && report.leaks > 0, "{report:?}");
+    let repaired = repair(&image.path).unwrap();
+    assert!(repaired.lost > 32 && repaired.entries > 32, "{repaired:?}");
+    let report = check(&image.path).unwrap();
+    assert_eq!((report.errors, report.leaks), (0, 0), "{report:?}");
+    assert!(qemu(&["check", "-q"]).unwrap().success());
+    // An entry that does not say so is told of, as by QEMU.
+    let first = image.get(image.l2());
+    image.set(image.l2(), first & !(1 << 63));
+    assert_eq!(check(&image.path).unwrap().errors, 1);
+    assert_eq!(repair(&image.path).unwrap().entries, 1);
+    let mut bench = open(&image.path, false).unwrap();
+    assert!(everything(&mut bench) == image.model);
+}
+
+#[test]
 fn counts_of_every_width_are_put_right() {
     let folder = folder();
     fs::write(folder.path().join("in.raw"), Random(4).bytes(MIB)).unwrap();
