@@ -262,6 +262,41 @@ fn an_image_whose_writer_was_killed_is_repaired() {
 }
 
 #[test]
+fn what_a_new_image_stands_on_is_looked_at() {
+    let place = Place::new();
+    let (mid, leaf) = (place.disk("qcow2", "mid.qcow2"), place.disk("qcow2", "leaf.qcow2"));
+    let at = |name: &str| place.path(name).display().to_string();
+    // An image on one that stands on another itself.
+    place.does(&["disk", "create", &mid, "--backing", &at("from.img")]);
+    place.does(&["disk", "create", &leaf, "--backing", &at("mid.qcow2")]);
+    let on_mid = format!("{leaf},backing={}", at("mid.qcow2"));
+    refused(&["disk", "info", &on_mid], 1, &["from.img", "behind a `:`"]);
+    place.does(&["disk", "info", &format!("{on_mid}:{}", at("from.img"))]);
+    // What cannot be used as what it is, is not taken for plain bytes.
+    let new = place.disk("qcow2", "new.qcow2");
+    let mut old = fs::read(place.path("mid.qcow2")).expect("an image");
+    old[7] = 1;
+    fs::write(place.path("old.qcow"), old).expect("an image");
+    refused(&["disk", "create", &new, "--backing", &at("old.qcow")], 1, &["old.qcow", "version 1"]);
+    fs::write(place.path("other"), [&b"vhdxfile"[..], &[0; 4096]].concat()).expect("a file");
+    refused(&["disk", "create", &new, "--backing", &at("other")], 1, &["other", "VHDX"]);
+    assert!(!place.path("new.qcow2").exists());
+}
+
+#[test]
+fn the_size_of_a_new_overlay_is_that_of_the_copy() {
+    let place = Place::new();
+    let top = place.disk("file", "top.img");
+    let over = format!("overlay:{},top={top}", place.disk("file", "from.img"));
+    refused(&["disk", "create", &over, "--size", "512"], 1, &["size"]);
+    place.does(&["disk", "create", &over, "--size", "1G"]);
+    let (status, output, error) = outcome(&mut tenon(&["disk", "info", &over]));
+    assert_eq!(status, 0, "{error}");
+    assert!(output.contains("1.00 GiB"), "{output}");
+    refused(&["disk", "create", &place.disk("file", "odd.img"), "--size", "1000"], 2, &["512"]);
+}
+
+#[test]
 fn a_wrong_key_or_a_damaged_image_is_said_to_be_that() {
     let place = Place::new();
     let secret = place.disk("crypt:file", "secret.img");

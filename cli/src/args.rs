@@ -263,7 +263,7 @@ pub(crate) enum DiskCommand {
     },
     /// Check an image's books, and read all of the disk
     #[command(
-        after_help = "Examples:\n  tenon disk check qcow2:disk.qcow2\n  tenon disk check qcow2:disk.qcow2 --repair     one whose writer was killed\n\nExit status: 0 if the disk is good, 1 if not."
+        after_help = "Examples:\n  tenon disk check qcow2:disk.qcow2\n  tenon disk check qcow2:disk.qcow2 --repair     one whose writer was killed\n\nExit status: 0 if the disk is good, 1 if it is not or cannot be checked."
     )]
     Check {
         /// The disk: STORE:PLACE[,KEY=VALUE…]

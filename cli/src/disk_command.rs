@@ -1,6 +1,7 @@
 //! `tenon disk`: makes, looks at, resizes, converts and checks what disks are kept in. Every store is used through its plugin, as a machine uses it.
 
 use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -29,7 +30,15 @@ const DEPTH: u64 = 8;
 pub(crate) fn disk(command: &DiskCommand) -> Result<ExitCode> {
     match command {
         DiskCommand::Create { disk, size, backing, plugins } => {
-            create(disk, *size, backing.as_deref(), &shelf(plugins, &[disk])?)?
+            let shelf = shelf(plugins, &[disk])?;
+            // Of an overlay it is the copy that has a length; its top grows.
+            match (size, disk.top(&shelf)?) {
+                (Some(size), Some(_)) => {
+                    let disk = disk.with("overlay.size", &size.0.to_string());
+                    create(&disk, None, backing.as_deref(), &shelf)?;
+                }
+                _ => create(disk, *size, backing.as_deref(), &shelf)?,
+            }
         }
         DiskCommand::Info { disk, json, plugins } => info(disk, *json, &shelf(plugins, &[disk])?)?,
         DiskCommand::Resize { disk, size, plugins } => resize(disk, *size, &shelf(plugins, &[disk])?)?,
@@ -65,6 +74,9 @@ fn create(disk: &DiskSpec, size: Option<Size>, backing: Option<&Path>, shelf: &S
     let wanted = size.map(|size| size.0).or(top.is_some().then_some(EMPTY_TOP));
     match (store.as_str(), wanted) {
         (_, Some(0)) => bail!(Usage(anyhow!("--size: a disk has more than 0 bytes"))),
+        ("file", Some(size)) if !size.is_multiple_of(512) => {
+            bail!(Usage(anyhow!("--size: {size} bytes are no multiple of 512")))
+        }
         ("file", Some(size)) => {
             if backing.is_some() {
                 bail!(Usage(anyhow!("--backing: a plain file stands on nothing; make a qcow2 image")));
@@ -78,21 +90,44 @@ fn create(disk: &DiskSpec, size: Option<Size>, backing: Option<&Path>, shelf: &S
         }
         ("file", None) => bail!(Usage(anyhow!("--size: a new disk needs one, such as --size 10G"))),
         ("qcow2", size) => {
-            let backing =
-                backing.map(|path| qcow2::Backing { path: path.into(), qcow2: qcow2::info(path).is_ok() });
+            let backing = backing.map(backing_file).transpose()?;
             let options = qcow2::CreateOptions { backing, ..qcow2::CreateOptions::default() };
             qcow2::create(path, size, &options).with_context(|| format!("`{place}` cannot be made"))?;
         }
         _ => bail!(Usage(anyhow!("a `{store}` is not made by this command; `file` and `qcow2` are"))),
     }
-    let granted = backing.and_then(Path::to_str).map(|path| disk.with("qcow2.backing", path));
-    let disk = granted.as_ref().unwrap_or(disk);
-    let formatted = disk.formatted(shelf).and_then(|disk| disk.open(shelf, "new").map(drop));
+    let formatted = disk.formatted(shelf).and_then(|ready| {
+        if backing.is_some() && ready == *disk {
+            // There is nothing to be formatted, and no need for all that the backing file stands on.
+            return Ok(());
+        }
+        let granted = backing.and_then(Path::to_str).map(|path| ready.with("qcow2.backing", path));
+        granted.unwrap_or(ready).open(shelf, "new").map(drop)
+    });
     if formatted.is_err() {
         // It was made a moment ago, by this.
         std::fs::remove_file(path).ok();
     }
     formatted
+}
+
+/// What a backing file is. One that is neither an image that can be used nor plain bytes would be taken for a disk that it is not.
+fn backing_file(path: &Path) -> Result<qcow2::Backing> {
+    const OTHERS: [(&[u8], &str); 4] =
+        [(b"KDMV", "VMDK"), (b"QED\0", "QED"), (b"vhdxfile", "VHDX"), (b"<<< ", "VDI")];
+    let of = || format!("--backing: `{}`", path.display());
+    let qcow2 = match qcow2::info(path) {
+        Ok(qcow2::Info { unusable: Some(why), .. }) => bail!("{}: {why}", of()),
+        Ok(_) => true,
+        Err(qcow2::ImageError::NotQcow2) => false,
+        Err(error) => return Err(error).with_context(of),
+    };
+    let mut begin = Vec::new();
+    File::open(path).and_then(|file| file.take(8).read_to_end(&mut begin)).with_context(of)?;
+    if let Some((_, format)) = OTHERS.iter().find(|(magic, _)| begin.starts_with(magic)) {
+        bail!("{}: it begins as a {format} image does; `qemu-img convert` makes a qcow2 or raw one", of());
+    }
+    Ok(qcow2::Backing { path: path.into(), qcow2 })
 }
 
 /// What `tenon disk info --json` prints.
@@ -153,6 +188,9 @@ fn info(disk: &DiskSpec, json: bool, shelf: &Shelf) -> Result<()> {
         row("image", format!("qcow2 version {}, clusters of {} bytes", image.version, image.cluster_size));
         row("taken", format!("{} on this host", human(image.taken)));
         row("backing", image.backing.unwrap_or_else(|| "none".into()));
+        if image.snapshots > 0 {
+            row("snapshots", format!("{}, with which it can only be read", image.snapshots));
+        }
     }
     say::print_table(&table)
 }
@@ -169,6 +207,9 @@ fn resize(disk: &DiskSpec, size: Size, shelf: &Shelf) -> Result<()> {
     keeps(disk, shelf)?;
     let store = disk.open(shelf, "disk")?.store;
     let before = store.info().size;
+    if store.info().read_only {
+        bail!(Usage(anyhow!("{disk} is read-only")));
+    }
     if size.0 < before {
         bail!(Usage(anyhow!("{disk} has {before} bytes and would lose its end; only growing is done here")));
     }

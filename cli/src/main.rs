@@ -57,7 +57,9 @@ fn main() -> ExitCode {
         // Help, or the version.
         Err(told) => return end(say::printed(told.print().and_then(|()| std::io::stdout().flush()))),
     };
-    match EnvFilter::builder().parse(&cli.log) {
+    // What this crate says is about its own code; errors reach the user anyway.
+    let rules = if cli.log.contains("imago") { cli.log.clone() } else { format!("{},imago=off", cli.log) };
+    match EnvFilter::builder().parse(rules) {
         Ok(filter) => {
             tracing_subscriber::fmt()
                 .with_env_filter(filter)

@@ -41,8 +41,13 @@ impl FromStr for NetworkSpec {
 }
 
 impl NetworkSpec {
-    /// Refuses a setting that neither the network nor this card has.
+    /// Refuses a setting that neither the network nor this card has, and a port that nobody would know.
     pub(crate) fn check(&self, card: &Plugin) -> Result<()> {
+        if let tenon_net::Kind::User { forwards, .. } = &self.network.kind
+            && forwards.iter().any(|forward| forward.host.port() == 0)
+        {
+            bail!(Usage(anyhow!("--net: `forward` from port 0; name a port of this host")));
+        }
         let config = &card.manifest().config;
         let Some((key, _)) = self.card.settings.iter().find(|(key, _)| !config.contains_key(key)) else {
             return Ok(());

@@ -199,6 +199,13 @@ fn cargo(folder: &Path, what: &str, options: &BuildOptions) -> Command {
     command
 }
 
+/// Whether rustc has the target's libraries, as far as it can be asked.
+fn is_installed(target: &str) -> bool {
+    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let asked = Command::new(rustc).args(["--print", "target-libdir", "--target", target]).output();
+    asked.is_ok_and(|output| Path::new(String::from_utf8_lossy(&output.stdout).trim()).is_dir())
+}
+
 /// One of cargo's messages: those that name what was made.
 #[derive(Deserialize)]
 struct Message {
@@ -231,7 +238,8 @@ fn compile(folder: &Path, target: Option<&str>, options: &BuildOptions) -> Resul
             |error| Error::Cargo(format!("running cargo: {error}; install Rust from https://rustup.rs")),
         )?;
     if !output.status.success() {
-        let hint = target.map(|target| format!(" (if the target is missing: rustup target add {target})"));
+        let missing = target.filter(|target| !is_installed(target));
+        let hint = missing.map(|target| format!(": the target is missing; `rustup target add {target}`"));
         return Err(Error::Cargo(format!(
             "building {} failed{}",
             folder.display(),

@@ -49,7 +49,7 @@ fn open_backing(
         .and_then(|named| grants.iter().position(|(_, granted)| *granted == named));
     let Some(grant) = grant else {
         return Err(ImageError::Backing(format!(
-            "`{image}` stands on the backing file `{name}`, which is not granted; `backing={}` grants it",
+            "`{image}` stands on the backing file `{name}`, which is not granted; `backing={}` grants it, behind a `:` if another is granted",
             named.display()
         )));
     };
