@@ -15,6 +15,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -127,22 +128,31 @@ impl Image {
 
     pub(crate) fn write(&self, position: u64, bytes: &[u8]) -> io::Result<()> {
         let length = bytes.len() as u64;
-        let frees = self.with(|access| {
+        let written = self.with(|access| {
             self.begin(access)?;
             let frees = frees(access, position, length, false)?;
             if !frees {
                 access.write(bytes, position).inspect_err(|_| self.fail())?;
             }
-            Ok(frees)
+            Ok(!frees)
         })?;
-        if !frees {
+        if written {
             return Ok(());
         }
-        self.alone(position, length, |access, at, piece| {
-            let piece = range(at - position, piece);
-            access.write(&bytes[piece], at)?;
-            Ok(true)
-        })
+        // One cluster after the other: `imago` would free and use again within one call.
+        let size = self.header.cluster_size();
+        let mut at = position;
+        while at < position + length {
+            let piece = (position + length - at).min(size - at % size);
+            self.alone(at, piece, |access, at, piece| {
+                self.begin(access)?;
+                let frees = frees(access, at, piece, false)?;
+                access.write(&bytes[range(at - position, piece)], at)?;
+                Ok(frees)
+            })?;
+            at += piece;
+        }
+        Ok(())
     }
 
     /// Makes everything durable whose write has ended.
@@ -181,7 +191,8 @@ impl Image {
         Ok(())
     }
 
-    /// Changes a range alone, one L2 table after the other, and writes the tables before anyone can use the clusters again that a change freed, which is what it returns.
+    /// Changes a range alone, one L2 table after the other, and writes the tables before anyone can use the clusters again that a change freed, which is what it returns. A
+    /// change that may need clusters begins with [`Self::begin`].
     fn alone(
         &self,
         position: u64,
@@ -220,10 +231,13 @@ impl Image {
         } else {
             // Alone: of a cluster that is zeroed in part, `imago` looks whether the rest reads as zeroes, and then maps all of it to
             // zeroes; what was written to the rest in between would be lost.
-            self.alone(position, length, |access, at, piece| {
-                let frees = frees(access, at, piece, false)?;
-                access.write_zeroes(at, piece)?;
-                Ok(frees)
+            self.parts(position, length).into_iter().try_for_each(|part| {
+                self.alone(part.start, part.end - part.start, |access, at, piece| {
+                    self.begin(access)?;
+                    let frees = frees(access, at, piece, false)?;
+                    access.write_zeroes(at, piece)?;
+                    Ok(frees)
+                })
             })
         };
         match done {
@@ -254,30 +268,41 @@ impl Image {
         length: u64,
         discard: impl Fn(&mut Access, u64, u64) -> io::Result<()>,
     ) -> io::Result<()> {
-        self.alone(position, length, |access, at, piece| {
-            let (size, end) = (self.header.cluster_size(), at + piece);
-            let first = at.next_multiple_of(size).min(end);
-            let last = if end == access.size() { end } else { (end / size * size).max(first) };
+        let [head, tail, whole] = self.parts(position, length);
+        // The parts of clusters first: they may need a cluster, which must not be one that is punched here.
+        for part in [head, tail] {
+            self.alone(part.start, part.end - part.start, |access, at, piece| {
+                self.begin(access)?;
+                let frees = frees(access, at, piece, true)?;
+                discard(access, at, piece)?;
+                Ok(frees)
+            })?;
+        }
+        self.alone(whole.start, whole.end - whole.start, |access, at, piece| {
             let frees = frees(access, at, piece, true)?;
-            // The parts of clusters first: they may need a cluster, which must not be one that is punched here.
-            for (at, end) in [(at, first), (last, end)] {
-                if at < end {
-                    discard(access, at, end - at)?;
-                }
+            if !frees {
+                // A table may be needed, to say so.
+                self.begin(access)?;
             }
-            if first < last {
-                let before = self.clusters(access, first, last)?;
-                discard(access, first, last - first)?;
-                let after = self.clusters(access, first, last)?;
-                for (cluster, count) in before {
-                    // What is still mapped was not discarded after all.
-                    if !after.iter().any(|(at, length)| cluster < at + length && *at < cluster + count) {
-                        self.punch(cluster, count);
-                    }
+            let before = self.clusters(access, at, at + piece)?;
+            discard(access, at, piece)?;
+            let after = self.clusters(access, at, at + piece)?;
+            for (cluster, count) in before {
+                // What is still mapped was not discarded after all.
+                if !after.iter().any(|(at, length)| cluster < at + length && *at < cluster + count) {
+                    self.punch(cluster, count);
                 }
             }
             Ok(frees)
         })
+    }
+
+    /// The parts of a range: those of a cluster at its begin and its end, and the whole clusters between these.
+    fn parts(&self, position: u64, length: u64) -> [Range<u64>; 3] {
+        let (size, end) = (self.header.cluster_size(), position + length);
+        let first = position.next_multiple_of(size).min(end);
+        let last = if end == self.size() { end } else { (end / size * size).max(first) };
+        [position..first, last..end, first..last]
     }
 
     /// Where the whole clusters of a range are in the image's file: offsets and lengths.
@@ -423,7 +448,7 @@ fn frees(access: &Access, position: u64, length: u64, discarded: bool) -> io::Re
 }
 
 /// A range within a slice that was looked at to be as long.
-fn range(start: u64, length: u64) -> std::ops::Range<usize> {
+fn range(start: u64, length: u64) -> Range<usize> {
     let start = usize::try_from(start).unwrap_or(usize::MAX);
     start..start.saturating_add(usize::try_from(length).unwrap_or(usize::MAX))
 }
