@@ -24,13 +24,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
 
 use imago::format::PreallocateMode;
-use imago::{FormatAccess, Mapping, ShallowMapping};
+use imago::{FormatAccess, Mapping};
 
 use crate::header::Header;
 use crate::layers::open_layer;
 use crate::mark::Mark;
 use crate::repair::{self, Repaired};
 use crate::storage::ImageFile;
+use crate::there::there;
 use crate::{ImageError, lock};
 
 /// The most bytes that are discarded at a time, while nobody else can use the image.
@@ -128,31 +129,39 @@ impl Image {
 
     pub(crate) fn write(&self, position: u64, bytes: &[u8]) -> io::Result<()> {
         let length = bytes.len() as u64;
+        let all = position..position + length;
+        let part = |piece: &Range<u64>| &bytes[range(piece.start - position, piece.end - piece.start)];
+        let size = self.header.cluster_size();
+        let clusters = || {
+            (position / size..all.end.div_ceil(size))
+                .map(|cluster| position.max(cluster * size)..all.end.min((cluster + 1) * size))
+        };
         let written = self.with(|access| {
             self.begin(access)?;
-            let frees = frees(access, position, length, false)?;
-            if !frees {
-                access.write(bytes, position).inspect_err(|_| self.fail())?;
+            let there = there(access, position, length)?;
+            if there.shared {
+                return Ok(false);
             }
-            Ok(!frees)
+            // Several clusters at once `imago` likes to have in a row, and gives those away for that which zero clusters have.
+            let done = if there.zeroes {
+                clusters().try_for_each(|cluster| access.write(part(&cluster), cluster.start))
+            } else {
+                access.write(bytes, position)
+            };
+            done.inspect_err(|_| self.fail()).map(|()| true)
         })?;
         if written {
             return Ok(());
         }
         // One cluster after the other: `imago` would free and use again within one call.
-        let size = self.header.cluster_size();
-        let mut at = position;
-        while at < position + length {
-            let piece = (position + length - at).min(size - at % size);
-            self.alone(at, piece, |access, at, piece| {
+        clusters().try_for_each(|cluster| {
+            self.alone(cluster.start, cluster.end - cluster.start, |access, at, piece| {
                 self.begin(access)?;
-                let frees = frees(access, at, piece, false)?;
-                access.write(&bytes[range(at - position, piece)], at)?;
+                let frees = there(access, at, piece)?.shared;
+                access.write(part(&(at..at + piece)), at)?;
                 Ok(frees)
-            })?;
-            at += piece;
-        }
-        Ok(())
+            })
+        })
     }
 
     /// Makes everything durable whose write has ended.
@@ -234,7 +243,7 @@ impl Image {
             self.parts(position, length).into_iter().try_for_each(|part| {
                 self.alone(part.start, part.end - part.start, |access, at, piece| {
                     self.begin(access)?;
-                    let frees = frees(access, at, piece, false)?;
+                    let frees = there(access, at, piece)?.shared;
                     access.write_zeroes(at, piece)?;
                     Ok(frees)
                 })
@@ -273,13 +282,13 @@ impl Image {
         for part in [head, tail] {
             self.alone(part.start, part.end - part.start, |access, at, piece| {
                 self.begin(access)?;
-                let frees = frees(access, at, piece, true)?;
+                let frees = there(access, at, piece)?.any();
                 discard(access, at, piece)?;
                 Ok(frees)
             })?;
         }
         self.alone(whole.start, whole.end - whole.start, |access, at, piece| {
-            let frees = frees(access, at, piece, true)?;
+            let frees = there(access, at, piece)?.any();
             if !frees {
                 // A table may be needed, to say so.
                 self.begin(access)?;
@@ -349,7 +358,7 @@ impl Image {
             self.write_zeroes(size, end - size, false)?;
             // `imago` would free and use again within one call.
             self.alone(end, before - end, |access, at, piece| {
-                let frees = frees(access, at, piece, true)?;
+                let frees = there(access, at, piece)?.any();
                 if frees {
                     access.discard_to_backing(at, piece)?;
                 }
@@ -360,6 +369,7 @@ impl Image {
         let mode = if self.header.backing.is_some() { PreallocateMode::Zero } else { PreallocateMode::None };
         self.with_all(|access| {
             self.begin(access)?;
+            self.freed.store(true, Ordering::Release);
             access.resize(size, mode).inspect_err(|_| self.fail())
         })?;
         Ok(self.flush()?)
@@ -424,27 +434,6 @@ impl Drop for Locks {
     fn drop(&mut self) {
         self.end();
     }
-}
-
-/// Whether writing or discarding a range may free clusters: compressed ones, ones that are used elsewhere as well, and, if it is discarded, all.
-fn frees(access: &Access, position: u64, length: u64, discarded: bool) -> io::Result<bool> {
-    let end = position + length;
-    let mut at = position;
-    while at < end {
-        let (mapping, length) = access.get_shallow_mapping(at, end - at)?;
-        match mapping {
-            ShallowMapping::Special { .. } | ShallowMapping::Raw { writable: false, .. } => return Ok(true),
-            ShallowMapping::Raw { .. } | ShallowMapping::Zero { explicit: true, .. } if discarded => {
-                return Ok(true);
-            }
-            _ => {}
-        }
-        if length == 0 {
-            break;
-        }
-        at += length;
-    }
-    Ok(false)
 }
 
 /// A range within a slice that was looked at to be as long.

@@ -3,7 +3,7 @@
 //! The parts:
 //!
 //! - here: the store, which carries out each operation on a copy of its data, on one of a few `threads`;
-//! - `image`: an open image and its backing files, with the crate `imago` inside;
+//! - `image`: an open image and its backing files, with the crate `imago` inside, and `there`: what a range of it has;
 //! - `header`: what an image says about itself, checked before anything acts on it;
 //! - `layers`: opens an image and what it stands on, over `storage`;
 //! - `mark`, `books` and `repair`: what a process that was killed leaves, found and put right before anything is written;
@@ -27,6 +27,7 @@ mod mark;
 mod order;
 mod repair;
 mod storage;
+mod there;
 #[path = "../../file/src/threads.rs"]
 mod threads;
 mod tools;
