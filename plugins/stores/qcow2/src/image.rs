@@ -314,12 +314,11 @@ impl Image {
         [position..first, last..end, first..last]
     }
 
-    /// Where the whole clusters of a range are in the image's file: offsets and lengths.
+    /// Where the clusters of a range are in the image's file: offsets and lengths. Only the disk's last one may be there in part.
     fn clusters(&self, access: &Access, from: u64, to: u64) -> io::Result<Vec<(u64, u64)>> {
         let size = self.header.cluster_size();
         let mut found = Vec::new();
-        let mut at = from.next_multiple_of(size);
-        let to = if to == access.size() { to.next_multiple_of(size) } else { to / size * size };
+        let (mut at, to) = (from, to.next_multiple_of(size));
         while at < to {
             let (mapping, length) = access.get_mapping(at, to - at)?;
             if let Mapping::Raw { offset, writable: true, .. } = mapping
@@ -369,6 +368,7 @@ impl Image {
         let mode = if self.header.backing.is_some() { PreallocateMode::Zero } else { PreallocateMode::None };
         self.with_all(|access| {
             self.begin(access)?;
+            // An L1 table that is too short is replaced.
             self.freed.store(true, Ordering::Release);
             access.resize(size, mode).inspect_err(|_| self.fail())
         })?;

@@ -61,8 +61,8 @@ fn open_backing(
     match header.backing_format.as_deref() {
         Some("raw") => {
             let raw = ImageFile::new(&path, file, false, None)
-                .and_then(|storage| Ok(Raw::builder(storage).open(DenyImplicitOpenGate::default())?));
-            Ok(FormatAccess::new(raw.map_err(of)?))
+                .and_then(|storage| Raw::builder(storage).open(DenyImplicitOpenGate::default()));
+            Ok(FormatAccess::new(raw.map_err(|error| of(error.into()))?))
         }
         Some("qcow2") => {
             let header = Header::read(&file).and_then(|header| header.check(false).map(|()| header));

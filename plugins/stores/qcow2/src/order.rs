@@ -12,7 +12,6 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
 
-use crate::ImageError;
 use crate::books::{OFFSET, numbers};
 use crate::header::Header;
 
@@ -26,8 +25,10 @@ pub(crate) struct Order {
     tables: RwLock<Tables>,
     /// How many writes have ended that a table may rely on.
     written: AtomicU64,
-    /// How many of these are durable. Held by whoever makes more so.
-    durable: Mutex<u64>,
+    /// How many of these are durable.
+    durable: AtomicU64,
+    /// Held by whoever makes more so before a table is written.
+    settling: Mutex<()>,
     /// Entries of an index that could not be written, by their offsets: `imago` takes them for written and goes on with what they name.
     unwritten: Mutex<BTreeMap<u64, Vec<u8>>>,
     /// Writes could not be made durable: the kernel tells of that once and forgets.
@@ -74,8 +75,7 @@ struct Tables {
 }
 
 impl Tables {
-    fn read(file: &File) -> Result<Self, ImageError> {
-        let header = Header::read(file)?;
+    fn read(file: &File, header: &Header) -> io::Result<Self> {
         let refcounts = (u64::from(header.refcount_clusters) << header.cluster_bits) / 8;
         Ok(Self {
             l1: Index::read(file, header.l1_offset, header.l1_size.into())?,
@@ -125,23 +125,26 @@ impl What {
 }
 
 impl Order {
-    /// The order of an image that is in `file` and will be written.
-    pub(crate) fn new(file: File) -> Result<Self, ImageError> {
-        let tables = RwLock::new(Tables::read(&file)?);
-        let unwritten = Mutex::new(BTreeMap::new());
-        let (written, lost) = (AtomicU64::new(0), AtomicBool::new(false));
-        Ok(Self { file, tables, written, durable: Mutex::new(0), unwritten, lost })
+    /// The order of an image of this header, which is in `file` and will be written.
+    pub(crate) fn new(file: File, header: &Header) -> io::Result<Self> {
+        Ok(Self {
+            tables: RwLock::new(Tables::read(&file, header)?),
+            file,
+            written: AtomicU64::new(0),
+            durable: AtomicU64::new(0),
+            settling: Mutex::new(()),
+            unwritten: Mutex::new(BTreeMap::new()),
+            lost: AtomicBool::new(false),
+        })
     }
 
     /// Goes before a write of the image's file: waits for what must be durable before it.
     pub(crate) fn before(&self, offset: u64, length: u64) -> io::Result<What> {
         let what = self.tables.read().unwrap_or_else(PoisonError::into_inner).what(offset, length);
         if what.waits() {
-            let mut durable = self.durable.lock().unwrap_or_else(PoisonError::into_inner);
-            let written = self.written.load(Ordering::Acquire);
-            if *durable < written {
+            let _settling = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
+            if self.durable.load(Ordering::Acquire) < self.written.load(Ordering::Acquire) {
                 self.sync()?;
-                *durable = written;
             }
         }
         Ok(what)
@@ -151,7 +154,10 @@ impl Order {
     pub(crate) fn after(&self, what: What) -> io::Result<()> {
         match what {
             What::Header => {
-                let tables = Tables::read(&self.file).map_err(io::Error::other)?;
+                // It may name a new L1 table, and the old one's clusters are used again.
+                self.sync()?;
+                let header = Header::read(&self.file).map_err(io::Error::other)?;
+                let tables = Tables::read(&self.file, &header)?;
                 *self.tables.write().unwrap_or_else(PoisonError::into_inner) = tables;
             }
             What::Other => {
@@ -191,6 +197,9 @@ impl Order {
             entry.remove();
         }
         drop(unwritten);
-        self.file.sync_data().inspect_err(|_| self.lost.store(true, Ordering::Release))
+        let written = self.written.load(Ordering::Acquire);
+        self.file.sync_data().inspect_err(|_| self.lost.store(true, Ordering::Release))?;
+        self.durable.fetch_max(written, Ordering::Release);
+        Ok(())
     }
 }

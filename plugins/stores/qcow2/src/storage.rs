@@ -12,7 +12,6 @@ use imago::storage::PreallocateMode;
 use imago::storage::drivers::CommonStorageHelper;
 use imago::{Storage, StorageOpenOptions};
 
-use crate::ImageError;
 use crate::header::Header;
 use crate::mark::{BYTE, DIRTY};
 use crate::order::Order;
@@ -36,8 +35,9 @@ impl ImageFile {
         file: fs::File,
         writable: bool,
         header: Option<&Header>,
-    ) -> Result<Self, ImageError> {
-        let order = if writable { Some(Order::new(file.try_clone()?)?) } else { None };
+    ) -> io::Result<Self> {
+        let written = header.filter(|_| writable);
+        let order = written.map(|header| Order::new(file.try_clone()?, header)).transpose()?;
         let options = StorageOpenOptions::new().filename(path).write(writable);
         Ok(Self {
             file: imago::file::File::from_open_file(file, options)?,

@@ -19,6 +19,7 @@ pub(crate) fn folder() -> tempfile::TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
 }
 
+/// Opens an image, with the backing file `base.raw` if one is beside it.
 pub(crate) fn open(path: &Path, read_only: bool) -> Bench {
     let read_only = if read_only { "yes" } else { "no" };
     let backing = path.with_file_name("base.raw");
