@@ -252,6 +252,7 @@ fn a_device_without_what_it_works_on_is_refused_with_the_option_that_gives_it() 
         (["--disk", &format!("{disk},device=none-such")], &["none-such"]),
         (["--net", "user,color=red"], &["color", "forward", "queues"]),
         (["--net", "user,queues=70000"], &["queues"]),
+        (["--net", "user,forward=0:22"], &["forward", "port 0"]),
     ] {
         linux().args(words).outcome().refused(2, named);
     }

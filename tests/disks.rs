@@ -294,6 +294,8 @@ fn the_size_of_a_new_overlay_is_that_of_the_copy() {
     assert_eq!(status, 0, "{error}");
     assert!(output.contains("1.00 GiB"), "{output}");
     refused(&["disk", "create", &place.disk("file", "odd.img"), "--size", "1000"], 2, &["512"]);
+    let fixed = place.disk("file", "from.img") + ",ro";
+    refused(&["disk", "resize", &fixed, "1G"], 2, &["read-only"]);
 }
 
 #[test]

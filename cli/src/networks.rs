@@ -46,7 +46,9 @@ impl NetworkSpec {
         if let tenon_net::Kind::User { forwards, .. } = &self.network.kind
             && forwards.iter().any(|forward| forward.host.port() == 0)
         {
-            bail!(Usage(anyhow!("--net: `forward` from port 0; name a port of this host")));
+            bail!(Usage(anyhow!(
+                "--net: `forward` from port 0, which would be any; name a port of this host"
+            )));
         }
         let config = &card.manifest().config;
         let Some((key, _)) = self.card.settings.iter().find(|(key, _)| !config.contains_key(key)) else {

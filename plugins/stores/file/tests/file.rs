@@ -1,6 +1,8 @@
 //! Files as stores: content, batches, errors, locks, and what is left when they are closed.
 #![allow(unsafe_code, clippy::unwrap_used, reason = "limits, pipes and loop devices by system calls")]
 
+#[path = "support/mounted.rs"]
+mod mounted;
 mod support;
 
 use std::fs::{self, File};
@@ -9,6 +11,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use mounted::Mounted;
 use support::{Ask, Bench, Layout, open_files, torture};
 use tenon_sdk::store::StoreError;
 use tenon_store_file::PLUGIN;
@@ -167,11 +170,8 @@ fn a_file_to_which_nothing_is_written_keeps_its_times() {
 
 #[test]
 fn where_no_space_can_be_given_back_a_discard_says_so_and_zeroes_are_written() {
-    let disk = match Mounted::mount("ramfs", "mode=700") {
-        Ok(disk) => disk,
-        Err(why) => return println!("not run: mounting a ramfs needs root: {why}"),
-    };
-    let path = disk.0.path().join("disk.img");
+    let Some(disk) = Mounted::mount("ramfs", "mode=700") else { return };
+    let path = disk.path().join("disk.img");
     File::create(&path).unwrap().set_len(4 * MIB).unwrap();
     let mut bench = open(&path, &[]).unwrap();
     assert!(!bench.info.write_zeroes, "it is not cheaper here");
@@ -305,44 +305,11 @@ fn closing_leaves_no_open_file_and_no_thread() {
     }
 }
 
-/// A file system in memory.
-struct Mounted(tempfile::TempDir);
-
-impl Mounted {
-    /// One of 2 MiB.
-    fn small() -> Result<Self, String> {
-        Self::mount("tmpfs", "size=2m")
-    }
-
-    fn mount(kind: &str, options: &str) -> Result<Self, String> {
-        let folder = tempfile::tempdir().unwrap();
-        let status = Command::new("mount")
-            .args(["-t", kind, "-o", options, "tenon-test"])
-            .arg(folder.path())
-            .output()
-            .map_err(|error| error.to_string())?;
-        if status.status.success() {
-            Ok(Self(folder))
-        } else {
-            Err(String::from_utf8_lossy(&status.stderr).into())
-        }
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(self.0.path()).status();
-    }
-}
-
 #[test]
 fn a_full_file_system_is_no_space_and_what_was_there_stays() {
-    let disk = match Mounted::small() {
-        Ok(disk) => disk,
-        Err(why) => return println!("not run: mounting a tmpfs needs root: {why}"),
-    };
+    let Some(disk) = Mounted::tmpfs("2m") else { return };
     for engine in ["io_uring", "threads"] {
-        let path = disk.0.path().join(engine);
+        let path = disk.path().join(engine);
         File::create(&path).unwrap().set_len(16 * MIB).unwrap();
         let mut bench = open(&path, &[("engine", engine)]).unwrap();
         bench.write(0, &[4; 4096]).unwrap();
@@ -363,12 +330,9 @@ fn a_full_file_system_is_no_space_and_what_was_there_stays() {
 #[test]
 fn a_failed_flush_is_never_followed_by_a_good_one() {
     // A loop device on a file that loses its space: writes go to the page cache and are lost when they are written back.
-    let disk = match Mounted::small() {
-        Ok(disk) => disk,
-        Err(why) => return println!("not run: mounting a tmpfs needs root: {why}"),
-    };
+    let Some(disk) = Mounted::tmpfs("2m") else { return };
     for engine in ["io_uring", "threads"] {
-        let image = disk.0.path().join("image");
+        let image = disk.path().join("image");
         File::create(&image).unwrap().set_len(8 * MIB).unwrap();
         let device = match Loop::attach(&image) {
             Ok(device) => device,

@@ -1,6 +1,8 @@
 //! qcow2 images as stores: content that QEMU's tools agree with, backing files, locks, errors, and what else is done with images.
 #![allow(clippy::unwrap_used, reason = "a test")]
 
+#[path = "../../file/tests/support/mounted.rs"]
+mod mounted;
 #[path = "../../file/tests/support/mod.rs"]
 mod support;
 
@@ -9,6 +11,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use mounted::Mounted;
 use support::{Ask, Bench, everything, open_files, torture};
 use tenon_sdk::store::StoreError;
 use tenon_store_qcow2::{Backing, CreateOptions, PLUGIN, check, create, info, resize};
@@ -354,13 +357,9 @@ fn closing_leaves_no_open_file() {
 
 #[test]
 fn a_full_file_system_is_no_space_and_no_flush_that_failed_is_success() {
-    let disk = tempfile::tempdir().unwrap();
-    let mounted =
-        Command::new("mount").args(["-t", "tmpfs", "-o", "size=3m", "tenon-test"]).arg(disk.path()).status();
-    if !mounted.is_ok_and(|status| status.success()) {
-        return println!("not run: mounting a tmpfs needs root");
-    }
-    let path = image(&disk, 16 * MIB);
+    let Some(disk) = Mounted::tmpfs("3m") else { return };
+    let path = disk.path().join("disk.qcow2");
+    create(&path, Some(16 * MIB), &CreateOptions::default()).unwrap();
     let mut bench = open(&path, &[]).unwrap();
     bench.write(0, &[4; 4096]).unwrap();
     bench.flush().unwrap();
@@ -387,17 +386,11 @@ fn a_full_file_system_is_no_space_and_no_flush_that_failed_is_success() {
         }
     }
     drop(bench);
-    let _ = Command::new("umount").arg(disk.path()).status();
 }
 
 #[test]
 fn a_table_whose_name_could_not_be_written_at_first_is_not_lost() {
-    let disk = tempfile::tempdir().unwrap();
-    let mounted =
-        Command::new("mount").args(["-t", "tmpfs", "-o", "size=1m", "tenon-test"]).arg(disk.path()).status();
-    if !mounted.is_ok_and(|status| status.success()) {
-        return println!("not run: mounting a tmpfs needs root");
-    }
+    let Some(disk) = Mounted::tmpfs("1m") else { return };
     let path = disk.path().join("disk.qcow2");
     create(&path, Some(16 * MIB), &CreateOptions { cluster_size: 4096, ..Default::default() }).unwrap();
     let header = fs::read(&path).unwrap();
@@ -423,7 +416,6 @@ fn a_table_whose_name_could_not_be_written_at_first_is_not_lost() {
     assert!(bench.read(0, 4096).unwrap() == [8; 4096], "what was flushed is not there");
     drop(bench);
     assert_eq!(check(&path).unwrap().errors, 0);
-    let _ = Command::new("umount").arg(disk.path()).status();
 }
 
 #[test]
